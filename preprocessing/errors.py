@@ -1,0 +1,13 @@
+"""The one error that a user, not a bug, causes."""
+
+
+class InputError(ValueError):
+    """Wrong input, option or environment: the message says what was found, where, and what to do.
+
+    The command line prints it as one sentence and exits non-zero; anything else is a bug and
+    keeps its traceback.
+    """
+
+
+class OtherRankError(InputError):
+    """This rank is sound; another one met an error that ends all, and reports it."""

@@ -1,0 +1,66 @@
+"""Files that are either whole or not there, also after a crash or a power cut."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, once its bytes are on the disk."""
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Put a file's bytes, or the names that were given in a directory, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class HashingFile:
+    """A file that counts and hashes what is written to it; a sink for Arrow."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("wb")
+        self._hash = xxhash.xxh3_128()
+        self.bytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`."""
+        view = memoryview(data)
+        self._hash.update(view)
+        self._file.write(view)
+        self.bytes += view.nbytes
+        return view.nbytes
+
+    def hexdigest(self) -> str:
+        """Return the xxh3-128 of everything written."""
+        return self._hash.hexdigest()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+        return self._file.closed
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

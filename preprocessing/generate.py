@@ -1,0 +1,366 @@
+"""`prothpc preprocess`: a record set from FASTA files, made by any number of ranks.
+
+Map: ranks take units of the inputs, parse and hash the records, and spill them as runs sorted
+into shards. Reduce: ranks take shards, and merge each from its part of every run. Both keep what
+is done, so that a restart, on any number of ranks, repeats only what is missing. See `records` for
+what comes out: it depends on the inputs and options alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from preprocessing.columns import parts
+from preprocessing.errors import InputError
+from preprocessing.fasta import FastaProblem, OnInvalid, Parsed, parse
+from preprocessing.keys import Placement, hash_residues
+from preprocessing.manifest import describe_run, make_manifest
+from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
+from preprocessing.records import FORMAT, VERSION, RecordSet, read_manifest
+from preprocessing.shards import Shard
+from preprocessing.sources import (
+    CHUNK_BYTES,
+    UNIT_BYTES,
+    BadInput,
+    Source,
+    UnitReader,
+    cut,
+    examine,
+)
+from preprocessing.spill import Run, Spiller, UnitResult
+from preprocessing.workspace import Workspace
+
+_log = logging.getLogger(__name__)
+
+MAX_SHARDS = 65_536
+SHARD_TEXT_BYTES = 96_000_000
+"""FASTA text per shard when the number of shards is not given: BFD (572 GB) then has 5,959, about
+the 6,000 files of the ProtTrans paper, section 2.1."""
+
+MIN_SHARDS = 8
+_GZIP_RATIO = 2  # protein FASTA is about twice as long as its gzip file
+_MIN_MEMORY = 2**20
+_CHUNKS_IN_MEMORY = 16  # a chunk is at most this part of the memory budget
+_LOG_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """What is done with the records. All but `memory` are part of what the record set is.
+
+    Raises:
+        InputError: if a value is out of range, or two contradict each other.
+    """
+
+    shards: int | None = None
+    """Shards of the train split, 1 to 65,536; None: one per 96 MB of FASTA text, at least 8, with
+    a gzip file counted as twice its size."""
+    holdout: float = 0.0
+    """Fraction of the records that goes to the held-out split, 0 to below 1."""
+    min_length: int = 1
+    """Shorter records (residues) are not kept."""
+    max_length: int | None = None
+    """Longer records (residues) are not kept; None: no limit."""
+    on_invalid: OnInvalid = "error"
+    """A record with something other than residues in it: "error" refuses the input, "mask" writes
+    X for it, "drop" leaves the record out (and records without residues)."""
+    dedup: bool = True
+    """Keep one of several records with equal residues: the one with the smallest id."""
+    memory: int = 2**30
+    """Bytes of records that a rank holds at a time."""
+
+    def __post_init__(self) -> None:
+        if self.shards is not None and not 1 <= self.shards <= MAX_SHARDS:
+            raise InputError(f"shards = {self.shards}: choose 1 to {MAX_SHARDS:,}")
+        if not 0 <= self.holdout < 1:
+            raise InputError(f"holdout = {self.holdout}: choose a fraction from 0 to below 1")
+        if self.min_length < 1:
+            raise InputError(f"min_length = {self.min_length}: choose 1 or more")
+        if self.max_length is not None and self.max_length < self.min_length:
+            raise InputError(
+                f"max_length = {self.max_length} is below min_length = {self.min_length}: "
+                "no record would be kept"
+            )
+        if self.on_invalid not in get_args(OnInvalid):
+            raise InputError(
+                f"on_invalid = {self.on_invalid!r}: choose one of {', '.join(get_args(OnInvalid))}"
+            )
+        if self.memory < _MIN_MEMORY:
+            raise InputError(f"memory = {self.memory:,}: choose {_MIN_MEMORY:,} bytes or more")
+
+
+def generate(
+    inputs: Sequence[Path],
+    output: Path,
+    options: PreprocessOptions,
+    ranks: Ranks | None = None,
+    *,
+    unit_bytes: int = UNIT_BYTES,
+) -> dict[str, Any]:
+    """Make a record set, or finish one that was begun.
+
+    Args:
+        inputs: FASTA files, plain or gzip, in any order.
+        output: the record set's directory; made if it is not there.
+        options: what is done with the records.
+        ranks: the job, from `parallel.connect`; all its ranks must call this. None: this process.
+        unit_bytes: bytes of a plain file taken by a rank at a time; also the block of the input
+            hashes, so that another value gives another manifest.
+
+    Returns:
+        The manifest, on every rank.
+
+    Raises:
+        InputError: on every rank, for anything wrong with the inputs or the output directory.
+    """
+    ranks = ranks or Serial()
+    workspace = Workspace(Path(output))
+    try:
+        sources = on_first_rank(ranks, lambda: _examine_all(inputs))
+        placement = Placement(options.shards or default_shards(sources), options.holdout)
+        plan = _make_plan(sources, options, placement, unit_bytes)
+        if on_first_rank(ranks, lambda: workspace.enter(plan)):
+            return on_first_rank(ranks, lambda: _finished(workspace.output))
+        job = _Job(ranks, workspace, sources, placement, options, unit_bytes)
+        try:
+            runs = job.map()
+        except BadInput:
+            on_first_rank(ranks, workspace.discard)
+            raise
+        shards = job.reduce(runs)
+        return job.finish(plan, runs, shards)
+    finally:
+        workspace.leave()
+
+
+def default_shards(sources: Sequence[Source]) -> int:
+    """Return the number of train shards for inputs when it is not given."""
+    text = sum(source.bytes * (_GZIP_RATIO if source.compressed else 1) for source in sources)
+    return min(max(MIN_SHARDS, math.ceil(text / SHARD_TEXT_BYTES)), MAX_SHARDS)
+
+
+def _examine_all(inputs: Sequence[Path]) -> list[Source]:
+    if not inputs:
+        raise InputError("no input files: name one or more FASTA files")
+    sources = sorted((examine(Path(path)) for path in inputs), key=lambda source: source.path)
+    for first, second in pairwise(sources):
+        if first.path == second.path:
+            raise InputError(f"{first.path}: named twice among the inputs: name it once")
+    return sources
+
+
+def _make_plan(
+    sources: Sequence[Source], options: PreprocessOptions, placement: Placement, unit_bytes: int
+) -> dict[str, Any]:
+    """Return all that decides what comes out, as JSON: two jobs with one plan may be one job."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "unit_bytes": unit_bytes,
+        "options": record_options(options, placement),
+        "inputs": [
+            {"path": source.path, "bytes": source.bytes, "mtime_ns": source.mtime_ns}
+            for source in sources
+        ],
+    }
+
+
+def record_options(options: PreprocessOptions, placement: Placement) -> dict[str, Any]:
+    """Return the options that change the records, with the number of shards filled in."""
+    return {name: value for name, value in asdict(options).items() if name != "memory"} | {
+        "shards": placement.shards
+    }
+
+
+def _finished(output: Path) -> dict[str, Any]:
+    manifest, _ = read_manifest(output)
+    for split, content in manifest["splits"].items():
+        if content["shards"]:
+            RecordSet(output, split).check_files()
+    _log.info("%s: already complete", output)
+    return manifest
+
+
+class _Job:
+    """The two phases of a job on one rank."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        workspace: Workspace,
+        sources: list[Source],
+        placement: Placement,
+        options: PreprocessOptions,
+        unit_bytes: int,
+    ) -> None:
+        self._ranks = ranks
+        self._workspace = workspace
+        self._sources = sources
+        self._placement = placement
+        self._options = options
+        self._unit_bytes = unit_bytes
+        self._units = cut(sources, unit_bytes)
+        self._started = time.time()
+
+    def map(self) -> list[Run]:
+        """Let every unit be parsed and spilled; return all runs, on every rank."""
+        runs = on_first_rank(self._ranks, self._workspace.usable_runs)
+        done = {result.unit for run in runs for result in run.finished}
+        missing = [number for number in range(len(self._units)) if number not in done]
+        if not missing:
+            return runs
+        if done and self._ranks.rank == 0:
+            _log.info("going on: %d of %d units are done", len(done), len(self._units))
+
+        def work(tasks: Iterator[int]) -> list[Run]:
+            spiller = Spiller(self._workspace.work, self._placement, self._options.memory)
+            progress = _Progress(self._ranks.rank == 0, "map", "units", len(missing))
+            for task in tasks:
+                self._map_unit(missing[task], spiller, progress)
+                progress.handed_out(task + 1)
+            spiller.flush()
+            return spiller.runs
+
+        for written in share_out(self._ranks, len(missing), work):
+            runs += written
+        return sorted(runs, key=lambda run: run.name)
+
+    def reduce(self, runs: Sequence[Run]) -> list[Shard]:
+        """Let every shard be built; return them in order, on every rank."""
+        names = [self._placement.file_name(number) for number in range(len(self._placement))]
+        shards = on_first_rank(
+            self._ranks, lambda: [self._workspace.finished_shard(name) for name in names]
+        )
+        missing = [number for number, shard in enumerate(shards) if shard is None]
+
+        def work(tasks: Iterator[int]) -> dict[int, Shard]:
+            opened = self._workspace.open_runs(runs)
+            progress = _Progress(self._ranks.rank == 0, "reduce", "shards", len(missing))
+            built = {}
+            for task in tasks:
+                number = missing[task]
+                built[number] = self._workspace.build_shard(
+                    names[number],
+                    [batch for run in opened for batch in run.of_shard(number)],
+                    dedup=self._options.dedup,
+                    memory=self._options.memory,
+                )
+                progress.add(built[number].records, built[number].residues)
+                progress.handed_out(task + 1)
+            return built
+
+        for built in share_out(self._ranks, len(missing), work):
+            for number, shard in built.items():
+                shards[number] = shard
+        return [shard for shard in shards if shard is not None]
+
+    def finish(
+        self, plan: dict[str, Any], runs: Sequence[Run], shards: Sequence[Shard]
+    ) -> dict[str, Any]:
+        """Write the manifest; return it, on every rank."""
+        hosts = sorted(set(self._ranks.allgather(socket.gethostname())))
+        results = {result.unit: result for run in runs for result in run.finished}
+        made = make_manifest(
+            sources=self._sources,
+            units=[(unit.source, results[number]) for number, unit in enumerate(self._units)],
+            shards=shards,
+            placement=self._placement,
+            options=plan["options"],
+            block_bytes=self._unit_bytes,
+        )
+        seconds = time.time() - self._started
+        run = describe_run(
+            plan, started=self._started, seconds=seconds, hosts=hosts, ranks=self._ranks.size
+        )
+        manifest = on_first_rank(self._ranks, lambda: self._workspace.finish(made, run))
+        if self._ranks.rank == 0:
+            records = manifest["totals"]["read"]["records"]
+            size = sum(source.bytes for source in self._sources)
+            _log.info(
+                "%s records (%.0f MB of input) in %.1f s: %s records/s, %.0f MB/s",
+                f"{records:,}", size / 1e6, seconds, f"{records / seconds:,.0f}",
+                size / 1e6 / seconds,
+            )  # fmt: skip
+        return manifest
+
+    def _map_unit(self, number: int, spiller: Spiller, progress: _Progress) -> None:
+        unit, options = self._units[number], self._options
+        source = self._sources[unit.source]
+        reader = UnitReader(
+            source,
+            unit,
+            block_bytes=self._unit_bytes,
+            chunk_bytes=min(CHUNK_BYTES, self._unit_bytes, options.memory // _CHUNKS_IN_MEMORY),
+        )
+        result = UnitResult(unit=number)
+        for chunk in reader.chunks():
+            try:
+                parsed = parse(chunk.text, options.on_invalid)
+            except FastaProblem as problem:
+                line = reader.line_number(chunk, problem.position)
+                name = "" if problem.record_id is None else f", record '{problem.record_id}'"
+                raise BadInput(f"{source.path}, line {line:,}{name}: {problem}") from problem
+            selected = _select(parsed, options, result.counts)
+            offsets, residues = parts(selected.sequences)
+            keys = hash_residues(offsets, residues)
+            spiller.add(number, keys, selected.ids, selected.sequences)
+            progress.add(len(parsed.ids), len(chunk.text))
+        result.block_hashes = reader.block_hashes
+        spiller.end_unit(result)
+
+
+def _select(parsed: Parsed, options: PreprocessOptions, counts: Counter[str]) -> Parsed:
+    """Count records, and leave out those that are not to be kept."""
+    lengths = np.diff(parts(parsed.sequences)[0])
+    too_short = ~parsed.invalid & (lengths < options.min_length)
+    too_long = np.zeros(len(lengths), bool)
+    if options.max_length is not None:
+        too_long = ~parsed.invalid & (lengths > options.max_length)
+    everything = np.ones(len(lengths), bool)
+    reasons = {"invalid": parsed.invalid, "too_short": too_short, "too_long": too_long}
+    for name, rows in {"read": everything, **reasons}.items():
+        counts[f"{name}.records"] += int(np.count_nonzero(rows))
+        counts[f"{name}.residues"] += int(lengths[rows].sum())
+    counts.update(parsed.changed)
+    kept = ~(parsed.invalid | too_short | too_long)
+    return parsed if kept.all() else parsed.take(np.flatnonzero(kept))
+
+
+class _Progress:
+    """Logs how far the job is, on one rank, every few seconds."""
+
+    def __init__(self, shown: bool, phase: str, tasks_name: str, tasks: int) -> None:
+        self._shown = shown
+        self._phase, self._tasks_name, self._tasks = phase, tasks_name, tasks
+        self._handed_out = self._records = self._bytes = 0
+        self._started = self._logged = time.monotonic()
+
+    def handed_out(self, tasks: int) -> None:
+        """Take note of how many tasks all ranks have taken."""
+        self._handed_out = tasks
+
+    def add(self, records: int, size: int) -> None:
+        """Take note of what this rank has done, in records and bytes."""
+        self._records += records
+        self._bytes += size
+        now = time.monotonic()
+        if self._shown and now - self._logged >= _LOG_SECONDS:
+            seconds = now - self._started
+            _log.info(
+                "%s: %d of %d %s taken; this rank: %s records, %s records/s, %.0f MB/s",
+                self._phase, self._handed_out, self._tasks, self._tasks_name,
+                f"{self._records:,}", f"{self._records / seconds:,.0f}",
+                self._bytes / 1e6 / seconds,
+            )  # fmt: skip
+            self._logged = now

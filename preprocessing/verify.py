@@ -1,0 +1,258 @@
+"""`prothpc verify`: is a record set what its manifest says, and is the manifest sound?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from preprocessing.columns import open_arrow
+from preprocessing.errors import InputError
+from preprocessing.keys import Placement, halves, hash_residues
+from preprocessing.manifest import CHANGES, REASONS
+from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
+from preprocessing.records import (
+    MANIFEST,
+    SCHEMA,
+    SPLITS,
+    Records,
+    as_records,
+    canonical_json,
+    read_manifest,
+)
+
+_READ_BYTES = 4 * 2**20
+_FIRST_LETTER, _LAST_LETTER = ord("A"), 25  # Z is the 25th after A
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What was found to be in order."""
+
+    shards: int
+    records: int
+    residues: int
+    bytes: int
+
+
+def verify(directory: Path, ranks: Ranks | None = None) -> VerifyReport:
+    """Check everything that can be known about a record set.
+
+    Every shard is hashed and recounted; keys must be those of the residues, in order, and lie in
+    the shard's range and split; letters must be legal; with de-duplication no two records may have
+    equal residues; the manifest's totals must add up, and its files be all there are.
+
+    Args:
+        directory: the record set.
+        ranks: the job, from `parallel.connect`; all its ranks must call this. None: this process.
+
+    Raises:
+        InputError: on every rank, listing all that is wrong.
+    """
+    ranks = ranks or Serial()
+    directory = Path(directory)
+    outline = on_first_rank(ranks, lambda: _read_outline(directory))
+
+    def work(tasks: Iterator[int]) -> dict[int, list[str]]:
+        return {task: _check_shard(directory, outline, task) for task in tasks}
+
+    problems = list(outline.problems)
+    found: dict[int, list[str]] = {}
+    for part in share_out(ranks, len(outline.shards), work):
+        found |= part
+    for number in sorted(found):
+        problems += [f"{outline.shards[number]['name']}: {what}" for what in found[number]]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
+        raise InputError(
+            f"{directory}: {count}; make the record set again, or copy it again from where it is "
+            "whole\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
+    return VerifyReport(
+        shards=len(outline.shards),
+        records=sum(shard["records"] for shard in outline.shards),
+        residues=sum(shard["residues"] for shard in outline.shards),
+        bytes=sum(shard["bytes"] for shard in outline.shards),
+    )
+
+
+class _Outline(NamedTuple):
+    placement: Placement
+    dedup: bool
+    rows_per_batch: int
+    shards: list[dict[str, Any]]
+    """The manifest's shards, numbered as `Placement` does."""
+    problems: list[str]
+    """What is wrong with the manifest itself."""
+
+
+def _read_outline(directory: Path) -> _Outline:
+    manifest, content = read_manifest(directory)
+    try:
+        options = manifest["options"]
+        placement = Placement(options["shards"], options["holdout"])
+        shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+        problems = [f"{MANIFEST}: {what}" for what in _check_manifest(manifest, content, shards)]
+        names = [shard["name"] for shard in shards]
+        expected = [placement.file_name(number) for number in range(len(placement))]
+        if names != expected:
+            raise ValueError(f"shards are not named {expected[0]} to {expected[-1]}")
+        outline = _Outline(
+            placement, options["dedup"], manifest["rows_per_batch"], shards, problems
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{directory / MANIFEST}: damaged ({error!r}): make the record set again"
+        ) from error
+    present = {path.name for path in directory.glob("*.arrow")}
+    outline.problems.extend(
+        f"{name}: the file is not in {MANIFEST}" for name in sorted(present - set(names))
+    )
+    return outline
+
+
+def _check_manifest(
+    manifest: dict[str, Any], content: bytes, shards: list[dict[str, Any]]
+) -> Iterator[str]:
+    """Yield what does not add up in a manifest."""
+    if canonical_json(manifest) != content:
+        yield "not written by prothpc (its JSON is not in canonical form)"
+    totals = manifest["totals"]
+    if sorted(totals["not_kept"]) != sorted(REASONS) or sorted(totals["changed"]) != sorted(
+        CHANGES
+    ):
+        yield "the totals have unknown or missing entries"
+    splits = {split: manifest["splits"][split]["shards"] for split in SPLITS}
+    for what in ("records", "residues"):
+        sums = {
+            "the inputs": (totals["read"][what], sum(e[what] for e in manifest["inputs"])),
+            "kept and not kept": (
+                totals["read"][what],
+                totals["kept"][what] + sum(part[what] for part in totals["not_kept"].values()),
+            ),
+            "the shards": (totals["kept"][what], sum(shard[what] for shard in shards)),
+        } | {
+            f"the {split} shards": (
+                totals["splits"][split][what],
+                sum(shard[what] for shard in splits[split]),
+            )
+            for split in SPLITS
+        }
+        for name, (total, parts) in sums.items():
+            if total != parts:
+                yield f"{what} do not add up: {total:,} in the totals, {parts:,} in {name}"
+
+
+def _check_shard(directory: Path, outline: _Outline, number: int) -> list[str]:
+    """Return what is wrong with a shard."""
+    about = outline.shards[number]
+    path = directory / about["name"]
+    try:
+        size, digest = _hash_file(path)
+    except OSError as error:
+        return [f"cannot be read: {error.strerror}"]
+    problems = []
+    if size != about["bytes"]:
+        problems.append(f"has {size:,} bytes instead of {about['bytes']:,}")
+    if digest != about["xxh3_128"]:
+        problems.append(f"its bytes have the hash {digest} instead of {about['xxh3_128']}")
+    try:
+        reader = open_arrow(path)
+        if not reader.schema.equals(SCHEMA, check_metadata=True):
+            return [*problems, "has other columns than a record set has"]
+        check = _ShardCheck(outline, number)
+        for batch in range(reader.num_record_batches):
+            content = reader.get_batch(batch)
+            content.validate(full=True)
+            check.add(as_records(content), last=batch == reader.num_record_batches - 1)
+    except (OSError, pa.ArrowException, ValueError, IndexError) as error:
+        return [*problems, f"is no readable Arrow file: {error}"]
+    problems += check.problems
+    for what, counted in (("records", check.records), ("residues", check.residues)):
+        if counted != about[what]:
+            problems.append(f"has {counted:,} {what}, {about[what]:,} in {MANIFEST}")
+    if check.first_key != about["first_key"]:
+        problems.append(f"begins with key {check.first_key}, {about['first_key']} in {MANIFEST}")
+    return problems
+
+
+def _hash_file(path: Path) -> tuple[int, str]:
+    hasher, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_READ_BYTES):
+            hasher.update(block)
+            size += len(block)
+    return size, hasher.hexdigest()
+
+
+class _ShardCheck:
+    """Checks the records of one shard, batch after batch; names the first of each kind of fault."""
+
+    def __init__(self, outline: _Outline, number: int) -> None:
+        self._outline = outline
+        self._number = number
+        self._previous: Records | None = None
+        self.problems: list[str] = []
+        self.records = 0
+        self.residues = 0
+        self.first_key: str | None = None
+
+    def add(self, batch: Records, *, last: bool) -> None:
+        full = self._outline.rows_per_batch
+        if len(batch) > full or (len(batch) < full and not last) or len(batch) == 0:
+            self.problems.append(f"a batch has {len(batch):,} rows instead of {full:,}")
+        if len(batch) == 0:
+            return
+        if self.first_key is None:
+            self.first_key = batch.keys[0].tobytes().hex()
+        residues = batch.residues[batch.offsets[0] : batch.offsets[-1]]
+        no_letter = np.flatnonzero(residues - np.uint8(_FIRST_LETTER) > _LAST_LETTER)
+        record_of = np.searchsorted(batch.offsets - batch.offsets[0], no_letter, side="right") - 1
+        self._note(batch, record_of, "holds a byte that is no residue")
+        self._note(batch, np.flatnonzero(np.diff(batch.offsets) == 0), "has no residues")
+        right = hash_residues(batch.offsets, batch.residues)
+        self._note(batch, np.flatnonzero((right != batch.keys).any(axis=1)), "has a wrong key")
+        place = self._outline.placement.shard_of(batch.keys)
+        self._note(batch, np.flatnonzero(place != self._number), "belongs into another shard")
+        self._check_order(batch)
+        self.records += len(batch)
+        self.residues += len(residues)
+        self._previous = batch
+
+    def _check_order(self, batch: Records) -> None:
+        keys = batch.keys
+        if self._previous is not None:
+            keys = np.concatenate([self._previous.keys[-1:], keys])
+        first = len(batch) - len(keys)  # -1 if row 0 is compared with the batch before
+        high, low = halves(keys)
+        same_high = high[1:] == high[:-1]
+        falls = (high[1:] < high[:-1]) | (same_high & (low[1:] < low[:-1]))
+        self._note(batch, np.flatnonzero(falls) + 1 + first, "is out of order")
+        for row in (np.flatnonzero(same_high & (low[1:] == low[:-1])) + 1 + first).tolist():
+            before = self._previous if row == 0 and self._previous is not None else batch
+            text_before, id_before = _content(before, row - 1)
+            text, name = _content(batch, row)
+            if (text, name) < (text_before, id_before):
+                self._note(batch, np.array([row]), "is out of order")
+            if self._outline.dedup and text == text_before:
+                self._note(batch, np.array([row]), "has the same residues as the one before")
+
+    def _note(self, batch: Records, rows: np.ndarray, what: str) -> None:
+        if len(rows):
+            row = int(rows[0])
+            more = len(np.unique(rows)) - 1
+            others = f" (and {more:,} more in the same batch)" if more else ""
+            name = batch.id_column[row].as_py()
+            self.problems.append(f"record {self.records + row:,} ({name}) {what}{others}")
+
+
+def _content(records: Records, row: int) -> tuple[bytes, str]:
+    """Return a row's residues and id; row -1 is the last."""
+    row %= len(records)
+    start, stop = records.offsets[row : row + 2]
+    return records.residues[start:stop].tobytes(), records.id_column[row].as_py()

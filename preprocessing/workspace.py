@@ -1,0 +1,176 @@
+"""The output directory while a record set is made in it: lock, plan, and what is done already."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from preprocessing.errors import InputError
+from preprocessing.files import sync, write_whole
+from preprocessing.records import MANIFEST, RUN, WORK, canonical_json, read_manifest
+from preprocessing.shards import Shard, build_shard
+from preprocessing.spill import Run, RunReader, usable_runs
+
+_PLAN = "plan.json"
+_LOCK = "lock"
+
+
+class Workspace:
+    """An output directory, and `.work` in it for what does not belong to the finished set.
+
+    `enter`, `finish`, `discard` and `leave` are for rank 0, the others for all ranks.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.work = output / WORK
+        self._lock: int | None = None
+
+    def enter(self, plan: dict[str, Any]) -> bool:
+        """Take possession of the directory for a plan.
+
+        Args:
+            plan: JSON of all that the record set depends on: `inputs` (each with a `path`) and
+                `options`.
+
+        Returns:
+            Whether the record set is finished already.
+
+        Raises:
+            InputError: if the directory holds something else, or another process is at work in it.
+        """
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"{self.output}: not a directory: choose another output")
+        self.output.mkdir(parents=True, exist_ok=True)
+        if (self.output / MANIFEST).exists():
+            self._compare_finished(plan)
+            return True
+        if not self.work.is_dir() and any(self.output.iterdir()):
+            raise InputError(
+                f"{self.output}: not empty, and what is in it is not an unfinished record set: "
+                "choose another output directory"
+            )
+        self.work.mkdir(exist_ok=True)
+        self._take_lock()
+        if (self.output / MANIFEST).exists():  # the process that had the lock has just finished
+            self._compare_finished(plan)
+            return True
+        path = self.work / _PLAN
+        if path.exists():
+            started = json.loads(path.read_bytes())
+            if started != plan:
+                raise InputError(
+                    f"{self.output}: holds unfinished work for other inputs or options "
+                    f"({_difference(started, plan)}): repeat that command, choose another output "
+                    f"directory, or delete this one"
+                )
+        else:
+            write_whole(path, canonical_json(plan))
+            sync(self.output)
+        return False
+
+    def usable_runs(self) -> list[Run]:
+        """Return the runs that an earlier attempt left; remove what is left of units cut short."""
+        return usable_runs(self.work)
+
+    def finished_shard(self, name: str) -> Shard | None:
+        """Return what is known of a shard, if it was finished."""
+        try:
+            shard = Shard(**json.loads(self._shard_note(name).read_bytes()))
+            size = (self.output / name).stat().st_size
+        except (OSError, ValueError, TypeError):
+            return None
+        return shard if size == shard.bytes else None
+
+    def build_shard(
+        self, name: str, segments: Sequence[pa.RecordBatch], *, dedup: bool, memory: int
+    ) -> Shard:
+        """Make a shard and take note of it."""
+        temporary = self.work / f"{name}.tmp"
+        shard = build_shard(self.output / name, temporary, segments, dedup=dedup, memory=memory)
+        write_whole(self._shard_note(name), canonical_json(asdict(shard)))
+        return shard
+
+    def open_runs(self, runs: Sequence[Run]) -> list[RunReader]:
+        """Map run files."""
+        return [RunReader(self.work / run.name) for run in runs]
+
+    def finish(self, manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+        """Write what makes the record set a finished one; return the manifest as it now reads."""
+        write_whole(self.output / RUN, canonical_json(run))
+        write_whole(self.output / MANIFEST, canonical_json(manifest))
+        shutil.rmtree(self.work, ignore_errors=True)
+        return read_manifest(self.output)[0]
+
+    def discard(self) -> None:
+        """Give up the unfinished work."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def leave(self) -> None:
+        """Let other processes in."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _shard_note(self, name: str) -> Path:
+        return self.work / Path(name).with_suffix(".json").name
+
+    def _take_lock(self) -> None:
+        """Lock for as long as this process lives; the system lets go when it dies."""
+        descriptor = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace")
+            os.close(descriptor)
+            raise InputError(
+                f"{self.output}: another process is at work here ({holder}): wait for it, or "
+                "choose another output directory"
+            ) from error
+        except OSError:
+            pass  # a file system without locks: nothing can be known
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        self._lock = descriptor
+
+    def _compare_finished(self, plan: dict[str, Any]) -> None:
+        try:
+            made_from = json.loads((self.output / RUN).read_bytes())["plan"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{self.output}: holds a finished record set, but its {RUN} cannot be read: "
+                "choose another output directory"
+            ) from error
+        if made_from != plan:
+            raise InputError(
+                f"{self.output}: holds a finished record set of other inputs or options "
+                f"({_difference(made_from, plan)}): choose another output directory, or delete "
+                "this one"
+            )
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Name one thing in which two plans differ."""
+    for name in sorted(old["options"].keys() | new["options"].keys()):
+        before, after = old["options"].get(name), new["options"].get(name)
+        if before != after:
+            return f"option {name} was {before}, is now {after}"
+    before, after = ({entry["path"]: entry for entry in plan["inputs"]} for plan in (old, new))
+    for path in sorted(before.keys() | after.keys()):
+        if path not in after:
+            return f"{path} was an input, is none now"
+        if path not in before:
+            return f"{path} was no input, is one now"
+        if before[path] != after[path]:
+            return f"{path} has changed since"
+    return "another version of prothpc"
