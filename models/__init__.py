@@ -1,0 +1,1 @@
+"""Protein language models, their objectives and their published file formats: plain torch."""
