@@ -1,0 +1,1 @@
+"""Benchmarks, run by hand; results are kept in docs/benchmarks."""

@@ -1,0 +1,1 @@
+"""What `prothpc doctor` looks at: a module for each subject, each with its checks."""

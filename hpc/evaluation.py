@@ -1,0 +1,128 @@
+"""What a model has learned, measured on held-out proteins.
+
+Unigram entropy is the wrong bar: a model that knows only residue frequencies and the masking rule
+can pass it. So every target is shown as [MASK], and the loss is set beside the loss on the same
+proteins with their residues shuffled, which keeps composition and length and destroys order:
+learned = shuffled − real, in nats a residue.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from hpc.config import EvaluationConfig
+from hpc.data import Batcher, MicroBatch
+from hpc.engines import Engine
+from hpc.tasks import MaskedLanguageModel, PreparedBatch
+from models.bert import Bert
+from models.objectives import masked_lm_scores, shuffle_residues
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one evaluation; losses in nats per target."""
+
+    loss: float
+    """On held-out proteins."""
+    loss_shuffled: float
+    """On the same proteins, residues shuffled."""
+    learned: float
+    """`loss_shuffled - loss`: what the order of residues tells the model."""
+    learned_se: float
+    """Standard error of `learned` over proteins."""
+    accuracy: float
+    """Share of targets predicted right."""
+    proteins: int
+    targets: int
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures under the names that the log uses."""
+        return {f"eval/{name}": value for name, value in asdict(self).items()}
+
+
+class HeldOut:
+    """The held-out split, cut into batches once; the same batches for any number of ranks.
+
+    Args:
+        batcher: reads the held-out records.
+        records: held-out records there are.
+        config: how many are used, and how many at a time.
+        task: chooses the targets.
+    """
+
+    def __init__(
+        self, batcher: Batcher, records: int, config: EvaluationConfig, task: MaskedLanguageModel
+    ) -> None:
+        numbers = np.arange(min(records, config.records))
+        numbers = numbers[np.argsort(batcher.lengths(numbers), kind="stable")]
+        self._batches = [
+            numbers[start : start + config.micro_batch]
+            for start in range(0, len(numbers), config.micro_batch)
+        ]
+        self._batcher = batcher
+        self._task = task
+        self.proteins = len(numbers)
+
+    def evaluate(self, engine: Engine) -> Evaluation:
+        """Evaluate on all ranks together; each computes every world-size-th batch."""
+        sums = np.zeros((self.proteins, 4))
+        for index in range(engine.world.rank, len(self._batches), engine.world.size):
+            numbers = self._batches[index]
+            batch = self._batcher.batch(-1, numbers, np.zeros(len(numbers), np.int64))
+            sums[numbers, :3] = self._protein_sums(engine, batch)
+            sums[numbers, 3] = self._protein_sums(engine, _shuffled(batch))[:, 0]
+        total = np.reshape(engine.sum_over_ranks(sums.ravel().tolist()), sums.shape)
+        return summarise(total[:, 0], total[:, 3], total[:, 1], total[:, 2])
+
+    def _protein_sums(self, engine: Engine, batch: MicroBatch) -> np.ndarray:
+        """float64 [B, 3]: loss, correct predictions and targets of each protein."""
+        prepared = self._task.prepare(batch, all_masked=True).to(engine.device)
+        scores = engine.compute(_scores, prepared)
+        return torch.stack([column.double() for column in scores], dim=1).cpu().numpy()
+
+
+def summarise(
+    loss: Sequence[float] | np.ndarray,
+    loss_shuffled: Sequence[float] | np.ndarray,
+    correct: Sequence[float] | np.ndarray,
+    targets: Sequence[float] | np.ndarray,
+) -> Evaluation:
+    """Return the figures from sums per protein, each [N].
+
+    `learned` is a ratio of sums over proteins, so its standard error is that of a ratio estimate
+    (Cochran, Sampling Techniques, 3rd ed., eq. 2.46): proteins are the sampling unit, not residues,
+    since residues of one protein are not independent.
+    """
+    loss, loss_shuffled = np.asarray(loss), np.asarray(loss_shuffled)
+    correct, targets = np.asarray(correct), np.asarray(targets)
+    count, total = len(targets), float(targets.sum())
+    gains = loss_shuffled - loss
+    learned = float(gains.sum()) / total
+    residuals = gains - learned * targets
+    spread = count / max(1, count - 1) * float((residuals**2).sum())
+    return Evaluation(
+        loss=float(loss.sum()) / total,
+        loss_shuffled=float(loss_shuffled.sum()) / total,
+        learned=learned,
+        learned_se=math.sqrt(spread) / total,
+        accuracy=float(correct.sum()) / total,
+        proteins=count,
+        targets=int(total),
+    )
+
+
+def _scores(model: Bert, batch: PreparedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return masked_lm_scores(model, batch.inputs, batch.lengths, batch.tokens, batch.targets)
+
+
+def _shuffled(batch: MicroBatch) -> MicroBatch:
+    return MicroBatch(
+        stream=batch.stream,
+        numbers=batch.numbers,
+        tokens=shuffle_residues(batch.tokens, batch.lengths, batch.seeds),
+        lengths=batch.lengths,
+        seeds=batch.seeds,
+    )

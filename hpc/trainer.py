@@ -1,0 +1,289 @@
+"""The training loop: load, while not done: step, log, maybe evaluate, maybe save."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hpc.checkpoint import Checkpoint, CheckpointWriter
+from hpc.config import Recipe, as_dict
+from hpc.engines import Engine
+from hpc.evaluation import Evaluation
+from hpc.monitor import Monitor, peak_memory_gib
+from hpc.phases import Inputs, Phase
+from hpc.stopping import StopSignals
+from hpc.streams import mix, streams_of_rank
+from hpc.tasks import MaskedLanguageModel, PreparedBatch
+from preprocessing.errors import InputError, OtherRankError
+
+_DROPOUT_DRAW = 2  # tells dropout's seeds from other hashes of the run's seed
+
+
+class TrainingDivergedError(InputError):
+    """Loss or gradient is no number any more."""
+
+
+@dataclass
+class Interval:
+    """What has been added up since the last log line."""
+
+    loss: torch.Tensor | float = 0.0
+    """This rank's shares of the global losses, summed over steps."""
+    steps: int = 0
+    tokens: float = 0.0
+    slots: float = 0.0
+    waited: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+
+class Trainer:
+    """One rank's part of a run.
+
+    Args:
+        recipe: the run.
+        engine: computes and distributes.
+        task: what is learned.
+        phases: parts of the run.
+        open_inputs: gives what this rank reads during a phase.
+        optimizer_steps: updates that the optimiser's moments have seen before step 0.
+        monitor: rank 0's reporter.
+        writer: rank 0's checkpoints.
+        facts: what a checkpoint says of model and records besides the recipe.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        engine: Engine,
+        task: MaskedLanguageModel,
+        phases: Sequence[Phase],
+        open_inputs: Callable[[Phase], Inputs],
+        optimizer_steps: int,
+        monitor: Monitor,
+        writer: CheckpointWriter,
+        facts: dict[str, Any],
+    ) -> None:
+        self._recipe = recipe
+        self._engine = engine
+        self._task = task
+        self._phases = phases
+        self._open_inputs = open_inputs
+        self._monitor = monitor
+        self._writer = writer
+        self._facts = facts
+        self._interval = Interval()
+        self._saved_step: int | None = None
+        self.step = 0
+        self.optimizer_steps = optimizer_steps
+        """Updates that the moments have seen; a float16 overflow leaves one out."""
+        self.tokens = 0.0
+        self._phase = phases[0]
+        self._inputs = open_inputs(self._phase)
+        self._schedule = self._phase.schedule_after(None, self.optimizer_steps)
+
+    def run(self, signals: StopSignals) -> bool:
+        """Train to the last step, or until a signal or `train.stop_at_step` ends it; save.
+
+        Returns:
+            Whether the run stopped before its last step because of a signal.
+
+        Raises:
+            InputError: if training diverges, a shard cannot be read or a checkpoint not written.
+        """
+        recipe = self._recipe
+        last_step = recipe.train.stop_at_step or recipe.train.steps
+        self._interval = Interval()
+        signalled = False
+        while self.step < last_step and not signalled:
+            if self.step == self._phase.end_step:
+                self._begin(self._phases[self._phase.number])
+            signalled = self._train_step(signals)
+            self._monitor.advance(self.step)
+            ends = self.step == last_step or signalled
+            if self.step % recipe.log.every_steps == 0 or ends:
+                self._log()
+            if self._due(recipe.evaluation.every_steps) or self.step == recipe.train.steps:
+                self._evaluate()
+            if self._due(recipe.checkpoint.every_steps) or ends:
+                self._save()
+        self._writer.wait()
+        return signalled and self.step < recipe.train.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all mutable state but weights and moments; the cursors are those of all ranks."""
+        streams, world = self._phase.train.streams, self._engine.world
+        owned = streams_of_rank(streams, world.rank, world.size)
+        cursors = [[0, 0]] * streams
+        cursors[owned.start : owned.stop] = self._inputs.loader.state_dict()["cursors"]
+        flat = self._engine.sum_over_ranks([float(n) for cursor in cursors for n in cursor])
+        gathered = [[int(flat[i]), int(flat[i + 1])] for i in range(0, len(flat), 2)]
+        return {
+            "step": self.step,
+            "optimizer_steps": self.optimizer_steps,
+            "tokens": int(self.tokens),
+            "phase": {"number": self._phase.number, "first_step": self._phase.first_step},
+            "schedule": self._schedule.state_dict(self._engine.sum_over_ranks),
+            "streams": gathered,
+            "engine": self._engine.state_dict(),
+            **self._facts,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a run of any number of ranks was."""
+        self.step = self._saved_step = state["step"]
+        self.optimizer_steps = state["optimizer_steps"]
+        self._engine.load_state_dict(state["engine"])
+        self.tokens = float(state["tokens"])
+        world = self._engine.world
+        if state["phase"]["number"] != self._phase.number:
+            self._begin(self._phases[state["phase"]["number"] - 1])
+        self._schedule.load_state_dict(state["schedule"], world.rank)
+        owned = streams_of_rank(self._phase.train.streams, world.rank, world.size)
+        cursors = state["streams"][owned.start : owned.stop]
+        self._inputs.loader.load_state_dict({"cursors": cursors})
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self._inputs.loader.close()
+
+    def _begin(self, phase: Phase) -> None:
+        """Go over to another phase: new streams and schedule; weights and moments stay."""
+        self._inputs.loader.close()
+        self._phase = phase
+        self._inputs = self._open_inputs(phase)
+        self._schedule = phase.schedule_after(self._schedule, self.optimizer_steps)
+        self._monitor.say(
+            f"phase {phase.number} of {len(self._phases)}: steps {phase.first_step + 1} to "
+            f"{phase.end_step}, length {phase.data.length}, {phase.train.global_batch} sequences "
+            f"a step, learning rate {phase.lr:.2e}"
+        )
+
+    def _train_step(self, signals: StopSignals) -> bool:
+        """Do one optimiser step; return whether any rank was asked to stop."""
+        engine, seed = self._engine, self._recipe.train.seed
+        batches, denominators, stop = self._next_batches(signals)
+        step_loss: torch.Tensor | float = 0.0
+        for index, batch in enumerate(batches):
+            # Dropout depends on step and stream, not on the rank or on what was drawn before.
+            torch.manual_seed(int(mix(seed, _DROPOUT_DRAW, self.step, batch.stream)) >> 1)
+            last = index == len(batches) - 1
+            loss = engine.micro_step(batch.to(engine.device), denominators, last)
+            step_loss = step_loss + loss
+        self._interval.loss = self._interval.loss + step_loss
+        self._rate = self._schedule.rate(self.optimizer_steps)
+        update = engine.step(self._rate)
+        self._grad_norm = update.grad_norm
+        self._applied = update.applied
+        if update.applied:
+            self._schedule.after_step(self.optimizer_steps, step_loss, engine.sum_over_ranks)
+            self.optimizer_steps += 1
+        self._interval.steps += 1
+        self.step += 1
+        return stop
+
+    def _next_batches(
+        self, signals: StopSignals
+    ) -> tuple[list[PreparedBatch], dict[str, float], bool]:
+        """Load a step's micro-batches and agree with the other ranks on what concerns all."""
+        began = time.monotonic()
+        error: InputError | None = None
+        batches: list[PreparedBatch] = []
+        try:
+            batches = self._inputs.loader.next_step()
+        except InputError as caught:
+            error = caught
+        self._interval.waited += time.monotonic() - began
+        objectives = self._task.objectives
+        *counts, tokens, slots, stops, errors = self._engine.sum_over_ranks(
+            [
+                *(float(sum(batch.counts[name] for batch in batches)) for name in objectives),
+                float(sum(batch.real_tokens for batch in batches)),
+                float(sum(batch.inputs.numel() for batch in batches)),
+                float(signals.received is not None),
+                float(error is not None),
+            ]
+        )
+        if error is not None:
+            raise error
+        if errors:
+            raise OtherRankError("another rank could not go on, and says why")
+        self.tokens += tokens
+        self._interval.tokens += tokens
+        self._interval.slots += slots
+        if stops:
+            self._monitor.say(f"{signals.received or 'a rank was signalled'}: saving and ending")
+        denominators = {
+            name: max(1.0, count) for name, count in zip(objectives, counts, strict=True)
+        }
+        return batches, denominators, stops > 0
+
+    def _log(self) -> None:
+        interval, self._interval = self._interval, Interval()
+        size = self._engine.world.size
+        loss, waited = self._engine.sum_over_ranks([float(interval.loss), interval.waited])
+        norm = self._finite_grad_norm()
+        seconds = time.monotonic() - interval.began
+        metrics = {
+            "train/loss": loss / interval.steps,
+            "train/lr": self._rate,
+            "train/grad_norm": norm,
+            "train/skipped_steps": self.step - self.optimizer_steps,
+            "train/tokens": self.tokens,
+            "train/tokens_per_second": interval.tokens / seconds,
+            "train/padding": 1 - interval.tokens / interval.slots,
+            "train/data_wait": waited / size / seconds,
+            "train/memory_gib": peak_memory_gib(self._engine.device),
+        }
+        self._monitor.training(self.step, metrics)
+
+    def _evaluate(self) -> Evaluation | None:
+        held_out = self._inputs.held_out
+        if held_out is None:
+            return None
+        began = time.monotonic()
+        result = held_out.evaluate(self._engine)
+        self._schedule.after_evaluation(self.optimizer_steps, result.loss)
+        self._monitor.record(self.step, result.metrics())
+        self._monitor.say(
+            f"step {self.step}  held-out: loss {result.loss:.4f} (shuffled "
+            f"{result.loss_shuffled:.4f}), learned {result.learned:.4f} ± {result.learned_se:.4f} "
+            f"nats a residue, accuracy {result.accuracy:.1%}, {result.proteins} proteins"
+        )
+        self._interval.began += time.monotonic() - began  # tokens/s counts training only
+        return result
+
+    def _save(self) -> None:
+        if self._saved_step == self.step:
+            return
+        self._finite_grad_norm()
+        state = self.state_dict()
+        weights, moments = self._engine.weights(), self._engine.moments()
+        if self._engine.world.rank == 0:
+            self._writer.save(
+                Checkpoint(
+                    step=self.step,
+                    weights=weights,
+                    moments=moments,
+                    state=state,
+                    recipe=as_dict(self._recipe),
+                )
+            )
+        self._saved_step = self.step
+
+    def _finite_grad_norm(self) -> float:
+        """Return the last gradient norm; weights are finite as long as those applied are."""
+        norm = float(self._grad_norm)
+        if self._applied and not math.isfinite(norm):
+            raise TrainingDivergedError(
+                f"training diverged: the gradient norm is {norm} at step {self.step}; the last "
+                "checkpoint is sound: lower optimizer.lr or raise schedule.warmup_steps, and run "
+                "the same command again"
+            )
+        return norm
+
+    def _due(self, every_steps: int) -> bool:
+        return every_steps > 0 and self.step % every_steps == 0
