@@ -12,22 +12,21 @@ import logging
 import math
 import socket
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
-
-import numpy as np
+from typing import Any
 
 from preprocessing.columns import parts
 from preprocessing.errors import InputError
-from preprocessing.fasta import FastaProblem, OnInvalid, Parsed, parse
+from preprocessing.fasta import FastaProblem, parse
 from preprocessing.keys import Placement, hash_residues
 from preprocessing.manifest import describe_run, make_manifest
+from preprocessing.options import MAX_SHARDS, PreprocessOptions, record_options
 from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
+from preprocessing.progress import Progress
 from preprocessing.records import FORMAT, VERSION, RecordSet, read_manifest
+from preprocessing.selection import select
 from preprocessing.shards import Shard
 from preprocessing.sources import (
     CHUNK_BYTES,
@@ -43,61 +42,13 @@ from preprocessing.workspace import Workspace
 
 _log = logging.getLogger(__name__)
 
-MAX_SHARDS = 65_536
 SHARD_TEXT_BYTES = 96_000_000
 """FASTA text per shard when the number of shards is not given: BFD (572 GB) then has 5,959, about
 the 6,000 files of the ProtTrans paper, section 2.1."""
 
 MIN_SHARDS = 8
 _GZIP_RATIO = 2  # protein FASTA is about twice as long as its gzip file
-_MIN_MEMORY = 2**20
 _CHUNKS_IN_MEMORY = 16  # a chunk is at most this part of the memory budget
-_LOG_SECONDS = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessOptions:
-    """What is done with the records. All but `memory` are part of what the record set is.
-
-    Raises:
-        InputError: if a value is out of range, or two contradict each other.
-    """
-
-    shards: int | None = None
-    """Shards of the train split, 1 to 65,536; None: one per 96 MB of FASTA text, at least 8, with
-    a gzip file counted as twice its size."""
-    holdout: float = 0.0
-    """Fraction of the records that goes to the held-out split, 0 to below 1."""
-    min_length: int = 1
-    """Shorter records (residues) are not kept."""
-    max_length: int | None = None
-    """Longer records (residues) are not kept; None: no limit."""
-    on_invalid: OnInvalid = "error"
-    """A record with something other than residues in it: "error" refuses the input, "mask" writes
-    X for it, "drop" leaves the record out (and records without residues)."""
-    dedup: bool = True
-    """Keep one of several records with equal residues: the one with the smallest id."""
-    memory: int = 2**30
-    """Bytes of records that a rank holds at a time."""
-
-    def __post_init__(self) -> None:
-        if self.shards is not None and not 1 <= self.shards <= MAX_SHARDS:
-            raise InputError(f"shards = {self.shards}: choose 1 to {MAX_SHARDS:,}")
-        if not 0 <= self.holdout < 1:
-            raise InputError(f"holdout = {self.holdout}: choose a fraction from 0 to below 1")
-        if self.min_length < 1:
-            raise InputError(f"min_length = {self.min_length}: choose 1 or more")
-        if self.max_length is not None and self.max_length < self.min_length:
-            raise InputError(
-                f"max_length = {self.max_length} is below min_length = {self.min_length}: "
-                "no record would be kept"
-            )
-        if self.on_invalid not in get_args(OnInvalid):
-            raise InputError(
-                f"on_invalid = {self.on_invalid!r}: choose one of {', '.join(get_args(OnInvalid))}"
-            )
-        if self.memory < _MIN_MEMORY:
-            raise InputError(f"memory = {self.memory:,}: choose {_MIN_MEMORY:,} bytes or more")
 
 
 def generate(
@@ -176,13 +127,6 @@ def _make_plan(
     }
 
 
-def record_options(options: PreprocessOptions, placement: Placement) -> dict[str, Any]:
-    """Return the options that change the records, with the number of shards filled in."""
-    return {name: value for name, value in asdict(options).items() if name != "memory"} | {
-        "shards": placement.shards
-    }
-
-
 def _finished(output: Path) -> dict[str, Any]:
     manifest, _ = read_manifest(output)
     for split, content in manifest["splits"].items():
@@ -225,7 +169,7 @@ class _Job:
 
         def work(tasks: Iterator[int]) -> list[Run]:
             spiller = Spiller(self._workspace.work, self._placement, self._options.memory)
-            progress = _Progress(self._ranks.rank == 0, "map", "units", len(missing))
+            progress = Progress(self._ranks.rank == 0, "map", "units", len(missing))
             for task in tasks:
                 self._map_unit(missing[task], spiller, progress)
                 progress.handed_out(task + 1)
@@ -246,7 +190,7 @@ class _Job:
 
         def work(tasks: Iterator[int]) -> dict[int, Shard]:
             opened = self._workspace.open_runs(runs)
-            progress = _Progress(self._ranks.rank == 0, "reduce", "shards", len(missing))
+            progress = Progress(self._ranks.rank == 0, "reduce", "shards", len(missing))
             built = {}
             for task in tasks:
                 number = missing[task]
@@ -294,7 +238,7 @@ class _Job:
             )  # fmt: skip
         return manifest
 
-    def _map_unit(self, number: int, spiller: Spiller, progress: _Progress) -> None:
+    def _map_unit(self, number: int, spiller: Spiller, progress: Progress) -> None:
         unit, options = self._units[number], self._options
         source = self._sources[unit.source]
         reader = UnitReader(
@@ -311,56 +255,10 @@ class _Job:
                 line = reader.line_number(chunk, problem.position)
                 name = "" if problem.record_id is None else f", record '{problem.record_id}'"
                 raise BadInput(f"{source.path}, line {line:,}{name}: {problem}") from problem
-            selected = _select(parsed, options, result.counts)
+            selected = select(parsed, options, result.counts)
             offsets, residues = parts(selected.sequences)
             keys = hash_residues(offsets, residues)
             spiller.add(number, keys, selected.ids, selected.sequences)
             progress.add(len(parsed.ids), len(chunk.text))
         result.block_hashes = reader.block_hashes
         spiller.end_unit(result)
-
-
-def _select(parsed: Parsed, options: PreprocessOptions, counts: Counter[str]) -> Parsed:
-    """Count records, and leave out those that are not to be kept."""
-    lengths = np.diff(parts(parsed.sequences)[0])
-    too_short = ~parsed.invalid & (lengths < options.min_length)
-    too_long = np.zeros(len(lengths), bool)
-    if options.max_length is not None:
-        too_long = ~parsed.invalid & (lengths > options.max_length)
-    everything = np.ones(len(lengths), bool)
-    reasons = {"invalid": parsed.invalid, "too_short": too_short, "too_long": too_long}
-    for name, rows in {"read": everything, **reasons}.items():
-        counts[f"{name}.records"] += int(np.count_nonzero(rows))
-        counts[f"{name}.residues"] += int(lengths[rows].sum())
-    counts.update(parsed.changed)
-    kept = ~(parsed.invalid | too_short | too_long)
-    return parsed if kept.all() else parsed.take(np.flatnonzero(kept))
-
-
-class _Progress:
-    """Logs how far the job is, on one rank, every few seconds."""
-
-    def __init__(self, shown: bool, phase: str, tasks_name: str, tasks: int) -> None:
-        self._shown = shown
-        self._phase, self._tasks_name, self._tasks = phase, tasks_name, tasks
-        self._handed_out = self._records = self._bytes = 0
-        self._started = self._logged = time.monotonic()
-
-    def handed_out(self, tasks: int) -> None:
-        """Take note of how many tasks all ranks have taken."""
-        self._handed_out = tasks
-
-    def add(self, records: int, size: int) -> None:
-        """Take note of what this rank has done, in records and bytes."""
-        self._records += records
-        self._bytes += size
-        now = time.monotonic()
-        if self._shown and now - self._logged >= _LOG_SECONDS:
-            seconds = now - self._started
-            _log.info(
-                "%s: %d of %d %s taken; this rank: %s records, %s records/s, %.0f MB/s",
-                self._phase, self._handed_out, self._tasks, self._tasks_name,
-                f"{self._records:,}", f"{self._records / seconds:,.0f}",
-                self._bytes / 1e6 / seconds,
-            )  # fmt: skip
-            self._logged = now

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from hpc.config import Recipe, load_recipe
-from preprocessing.generate import PreprocessOptions, generate
+from preprocessing.generate import generate
+from preprocessing.options import PreprocessOptions
 from preprocessing.parallel import connect
 from preprocessing.synthetic import SynthesisOptions, synthesize
 

@@ -170,7 +170,8 @@ def deviation(losses: list[float], reference: list[float]) -> float:
 
 def write_table(path: Path) -> None:
     """Run every cell and write the table; exit 1 if a cell is not as it should be."""
-    from preprocessing.generate import PreprocessOptions, generate
+    from preprocessing.generate import generate
+    from preprocessing.options import PreprocessOptions
     from preprocessing.synthetic import SynthesisOptions, synthesize
 
     bad = 0

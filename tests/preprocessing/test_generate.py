@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from preprocessing import sources, spill
 from preprocessing.errors import InputError
-from preprocessing.generate import PreprocessOptions, default_shards, generate
+from preprocessing.generate import default_shards, generate
+from preprocessing.options import PreprocessOptions
 from preprocessing.records import RecordSet
 from preprocessing.sources import Source, UnitReader
 from preprocessing.workspace import Workspace
@@ -57,7 +58,8 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from preprocessing.errors import InputError
-from preprocessing.generate import PreprocessOptions, generate
+from preprocessing.generate import generate
+from preprocessing.options import PreprocessOptions
 from preprocessing.parallel import connect
 
 ranks = connect(int(sys.argv[1]))
@@ -326,7 +328,8 @@ class TestRestart:
 import os, signal
 from pathlib import Path
 import preprocessing.spill as spill
-from preprocessing.generate import PreprocessOptions, generate
+from preprocessing.generate import generate
+from preprocessing.options import PreprocessOptions
 publish, written = spill.publish, []
 def publish_or_die(temporary, path):
     if len(written) == 5:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from preprocessing.errors import InputError
-from preprocessing.generate import PreprocessOptions, generate
+from preprocessing.generate import generate
+from preprocessing.options import PreprocessOptions
 
 GOOD = ">a first\nMKV\n"
 ZIPPED = gzip.compress(GOOD.encode() * 3000)

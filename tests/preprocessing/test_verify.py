@@ -15,7 +15,8 @@ import xxhash
 
 from preprocessing import shards
 from preprocessing.errors import InputError
-from preprocessing.generate import PreprocessOptions, generate
+from preprocessing.generate import generate
+from preprocessing.options import PreprocessOptions
 from preprocessing.records import SCHEMA, canonical_json
 from preprocessing.verify import VerifyReport, verify
 
