@@ -9,5 +9,10 @@ class InputError(ValueError):
     """
 
 
+def as_typed(name: str) -> str:
+    """Return the command-line option of that name: `--max-length` for `max_length`."""
+    return f"--{name.replace('_', '-')}"
+
+
 class OtherRankError(InputError):
     """This rank is sound; another one met an error that ends all, and reports it."""

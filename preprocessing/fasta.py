@@ -246,7 +246,7 @@ def _empty_record(lines: _Lines, result: _Cleaned, on_invalid: OnInvalid) -> Pro
     empty = np.flatnonzero(np.diff(parts(result.sequences)[0]) == 0)
     if len(empty) == 0:
         return None
-    what = "the record has no residues: remove it, or drop such records with on_invalid = drop"
+    what = "the record has no residues: remove it, or leave such records out with --on-invalid drop"
     return int(lines.headers[empty[0]]), int(empty[0]), what
 
 
@@ -262,7 +262,7 @@ def _bad_letter(lines: _Lines, residues: _Residues, result: _Cleaned) -> Problem
         shown = f"character {letter!r}"
     what = (
         f"{shown} is not a residue: {hint}, or let such records be masked or dropped "
-        "(on_invalid = mask or drop)"
+        "(--on-invalid mask, --on-invalid drop)"
     )
     position = lines.position(residues.line_offsets, int(result.bad[0]))
     return position, int(result.bad_records[0]), what

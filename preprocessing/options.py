@@ -40,22 +40,22 @@ class PreprocessOptions:
 
     def __post_init__(self) -> None:
         if self.shards is not None and not 1 <= self.shards <= MAX_SHARDS:
-            raise InputError(f"shards = {self.shards}: choose 1 to {MAX_SHARDS:,}")
+            raise InputError(f"--shards {self.shards}: choose 1 to {MAX_SHARDS:,}")
         if not 0 <= self.holdout < 1:
-            raise InputError(f"holdout = {self.holdout}: choose a fraction from 0 to below 1")
+            raise InputError(f"--holdout {self.holdout}: choose a fraction from 0 to below 1")
         if self.min_length < 1:
-            raise InputError(f"min_length = {self.min_length}: choose 1 or more")
+            raise InputError(f"--min-length {self.min_length}: choose 1 or more")
         if self.max_length is not None and self.max_length < self.min_length:
             raise InputError(
-                f"max_length = {self.max_length} is below min_length = {self.min_length}: "
+                f"--max-length {self.max_length} is below --min-length {self.min_length}: "
                 "no record would be kept"
             )
         if self.on_invalid not in get_args(OnInvalid):
             raise InputError(
-                f"on_invalid = {self.on_invalid!r}: choose one of {', '.join(get_args(OnInvalid))}"
+                f"--on-invalid {self.on_invalid}: choose one of {', '.join(get_args(OnInvalid))}"
             )
         if self.memory < _MIN_MEMORY:
-            raise InputError(f"memory = {self.memory:,}: choose {_MIN_MEMORY:,} bytes or more")
+            raise InputError(f"--memory {self.memory}: choose {_MIN_MEMORY:,} bytes or more")
 
 
 def record_options(options: PreprocessOptions, placement: Placement) -> dict[str, Any]:

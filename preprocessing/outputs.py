@@ -36,7 +36,7 @@ def replaced_files(paths: Sequence[Path], *, overwrite: bool) -> Iterator[dict[P
             if not os.path.isfile(path):
                 raise InputError(f"{path} is not a regular file: name another output")
             if not overwrite:
-                raise InputError(f"{path} exists: name another output, or say overwrite")
+                raise InputError(f"{path} exists: name another output, or add --overwrite")
     files: dict[Path, OutputFile] = {}
     try:
         for path in paths:

@@ -145,7 +145,7 @@ class RecordSet:
         if not shards:
             raise InputError(
                 f"{self.directory}: has no split {split!r}: choose train, or make the record set "
-                "with a holdout fraction"
+                "with --holdout"
             )
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.num_records = int(self._starts[-1])

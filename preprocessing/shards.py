@@ -201,7 +201,7 @@ class _ShardWriter:
         if offsets[-1] > _MAX_BATCH_RESIDUES:
             raise InputError(
                 f"{len(keys)} records have {offsets[-1]:,} residues, more than a batch can hold: "
-                "are these proteins? Leave out what is not with max_length"
+                "are these proteins? Leave out what is not with --max-length"
             )
         self._writer.write_batch(_batch(keys, ids, offsets, values))
         self.records += len(keys)

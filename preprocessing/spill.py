@@ -104,7 +104,7 @@ class Spiller:
             if size > self._capacity:
                 raise InputError(
                     f"records of {size:,} bytes do not fit the memory budget "
-                    f"({self._capacity:,} bytes of it are for them): raise memory"
+                    f"({self._capacity:,} bytes of it are for them): raise --memory"
                 )
         self._keys[self._rows : self._rows + len(keys)] = keys
         self._ids.append(self._rows, id_offsets, id_values)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.errors import InputError
+from preprocessing.errors import InputError, as_typed
 from preprocessing.families import Block, Goal, Tally, plan_families
 from preprocessing.homologs import (
     MAX_LENGTH,
@@ -82,7 +82,7 @@ class SynthesisOptions:
 
     def __post_init__(self) -> None:
         if (self.records is None) == (self.size_bytes is None):
-            raise InputError("give either records or size_bytes, and not both")
+            raise InputError("give either --size or --records, not both")
         for name, least, most in (
             ("records", 1, None),
             ("size_bytes", 1, None),
@@ -101,10 +101,11 @@ class SynthesisOptions:
             # Written so that NaN fails.
             if value is not None and not (value >= least and (most is None or value <= most)):
                 upper = "" if most is None else f" and at most {most}"
-                raise InputError(f"{name}={value} must be at least {least}{upper}")
+                raise InputError(f"{_typed(name)} {value} must be at least {least}{upper}")
         if self.min_identity > self.max_identity:
             raise InputError(
-                f"min_identity={self.min_identity} is above max_identity={self.max_identity}: "
+                f"--min-identity {self.min_identity} is above --max-identity "
+                f"{self.max_identity}: "
                 "lower the one or raise the other"
             )
         expected = self._expected_records()
@@ -115,7 +116,7 @@ class SynthesisOptions:
             )
         if self.families is not None and self.families > expected:
             raise InputError(
-                f"families={self.families} do not fit into about {expected} records: "
+                f"--families {self.families} do not fit into about {expected} records: "
                 "ask for fewer families or more records"
             )
 
@@ -177,10 +178,10 @@ def synthesize(
             exists, two outputs are one file, a file cannot be written, or the families do not fit.
     """
     if (hidden_output is None) != (options.hidden_families == 0):
-        raise InputError(
-            f"hidden_families={options.hidden_families} and hidden_output={hidden_output} "
-            "do not go together: give both or neither"
-        )
+        given, missing = "--hidden-families", "--hidden-output"
+        if hidden_output is not None:
+            given, missing = missing, given
+        raise InputError(f"{given} is given without {missing}: give both or neither")
     main = Goal(
         amount=options.records or options.size_bytes or 0,
         in_records=options.records is not None,
@@ -195,8 +196,8 @@ def synthesize(
         done = _write_set(main, options, files[output], truth_table, go_table)
         if options.families and done.families < options.families:
             raise InputError(
-                f"size_bytes={options.size_bytes} was full after {done.families} of "
-                f"families={options.families}: ask for fewer families or more bytes"
+                f"--size {options.size_bytes} was full after {done.families} of "
+                f"--families {options.families}: ask for fewer families or more bytes"
             )
         hidden_done = Tally()
         if hidden_output:
@@ -219,6 +220,12 @@ def synthesize(
         hidden_records=hidden_done.records,
         hidden_families=hidden_done.families,
     )
+
+
+def _typed(name: str) -> str:
+    if name.endswith("_rate"):
+        return name  # no option of the command line
+    return "--size" if name == "size_bytes" else as_typed(name)
 
 
 def _write_set(

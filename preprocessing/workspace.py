@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from preprocessing.errors import InputError
+from preprocessing.errors import InputError, as_typed
 from preprocessing.files import sync, write_whole
 from preprocessing.records import MANIFEST, RUN, WORK, canonical_json, read_manifest
 from preprocessing.shards import Shard, build_shard
@@ -164,7 +164,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     for name in sorted(old["options"].keys() | new["options"].keys()):
         before, after = old["options"].get(name), new["options"].get(name)
         if before != after:
-            return f"option {name} was {before}, is now {after}"
+            return f"{as_typed(name)} was {before}, is now {after}"
     before, after = ({entry["path"]: entry for entry in plan["inputs"]} for plan in (old, new))
     for path in sorted(before.keys() | after.keys()):
         if path not in after:

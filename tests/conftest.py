@@ -71,10 +71,16 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_fasta(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20,000 UniProt proteins as plain FASTA."""
+def zipped_fasta(shared_data: Path) -> Path:
+    """20,000 UniProt proteins as gzip FASTA."""
+    return shared_data / "DB.fasta.gz"
+
+
+@pytest.fixture(scope="session")
+def real_fasta(zipped_fasta: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same proteins as plain FASTA."""
     path = tmp_path_factory.mktemp("real") / "DB.fasta"
-    with gzip.open(shared_data / "DB.fasta.gz", "rb") as source, path.open("wb") as copy:
+    with gzip.open(zipped_fasta, "rb") as source, path.open("wb") as copy:
         shutil.copyfileobj(source, copy)
     return path
 

@@ -38,7 +38,7 @@ def synthesize(
     from preprocessing.synthetic import synthesize as make
 
     if (size is None) == (records is None):
-        raise InputError("say how much to make: give either --size or --records")
+        raise InputError("say how much to make: give either --size or --records, not both")
     options = SynthesisOptions(
         size_bytes=None if size is None else parse_size(size),
         records=records,

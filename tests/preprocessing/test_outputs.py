@@ -53,7 +53,7 @@ def test_gzipped_file_is_the_plain_one_without_name_and_time(tmp_path):
 def test_existing_files_are_kept_unless_told_otherwise(tmp_path):
     new, old = tmp_path / "new", tmp_path / "old"
     old.write_text("mine")
-    with pytest.raises(InputError, match=r"old exists: .* overwrite"):
+    with pytest.raises(InputError, match=r"old exists: .* --overwrite"):
         write(b"other", new, old)
     assert list(tmp_path.iterdir()) == [old]
     assert old.read_text() == "mine"

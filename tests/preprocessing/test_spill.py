@@ -88,5 +88,5 @@ def test_without_any_one_run_whole_units_remain(tmp_path: Path, damage: str) -> 
 def test_records_larger_than_the_budget_are_refused(tmp_path: Path) -> None:
     spiller = Spiller(tmp_path, PLACEMENT, MEMORY)
     text = pa.array([b"M" * MEMORY], pa.binary())
-    with pytest.raises(InputError, match="raise memory"):
+    with pytest.raises(InputError, match="raise --memory"):
         spiller.add(0, np.zeros((1, 16), np.uint8), text, text)
