@@ -8,6 +8,8 @@ from typing import BinaryIO
 
 import xxhash
 
+_READ_BYTES = 4 * 2**20
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file."""
@@ -30,6 +32,16 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_file(path: Path) -> tuple[int, str]:
+    """Return a file's size and the xxh3-128 (hex) of its bytes."""
+    hasher, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_READ_BYTES):
+            hasher.update(block)
+            size += len(block)
+    return size, hasher.hexdigest()
 
 
 class HashingFile:

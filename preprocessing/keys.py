@@ -69,16 +69,29 @@ class Placement:
             return f"shard-{shard:05d}.arrow"
         return f"holdout-{shard - self.shards:05d}.arrow"
 
-    def shard_of(self, keys: np.ndarray) -> np.ndarray:
-        """Return the shard, int64 [N], of keys uint8 [N, 16]."""
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that there are."""
+        return ("train", "holdout") if self.holdout > 0 else ("train",)
+
+    def shard_of(self, keys: np.ndarray, held_out: np.ndarray | None = None) -> np.ndarray:
+        """Return the shard, int64 [N], of keys uint8 [N, 16].
+
+        Args:
+            keys: what decides the place in the split.
+            held_out: bool [N], which are in the held-out split; None: as `held_out` says.
+        """
         high, low = halves(keys)
         shard = _scale(high, low, self.shards)
         if self.holdout > 0:
-            held = self._held_out(keys)
+            held = self.held_out(keys) if held_out is None else held_out
             shard[held] = self.shards + _scale(high[held], low[held], self.holdout_shards)
         return shard
 
-    def _held_out(self, keys: np.ndarray) -> np.ndarray:
+    def held_out(self, keys: np.ndarray) -> np.ndarray:
+        """Return bool [N]: which of the keys, uint8 [N, 16], their salted hash holds out."""
+        if self.holdout == 0:
+            return np.zeros(len(keys), bool)
         text = keys.tobytes()
         starts = range(0, len(text), KEY_BYTES)
         records = map(

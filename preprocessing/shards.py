@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from preprocessing.columns import key_array, key_column, parts, take, to_binary
 from preprocessing.errors import InputError
 from preprocessing.files import HashingFile, publish
 from preprocessing.keys import halves
+from preprocessing.marks import obey_marks
 from preprocessing.records import ROWS_PER_BATCH, SCHEMA
 
 _PIECE_SHARE = 0.25
@@ -33,8 +35,8 @@ class Shard:
     residues: int
     bytes: int
     xxh3_128: str
-    duplicate_records: int
-    duplicate_residues: int
+    left_out: dict[str, int]
+    """Records and residues that are not in it, by reason: `duplicate.records` and so on."""
 
 
 def build_shard(
@@ -43,6 +45,7 @@ def build_shard(
     segments: Sequence[pa.RecordBatch],
     *,
     dedup: bool,
+    marks: bool,
     memory: int,
 ) -> Shard:
     """Write the shard `path`.
@@ -52,21 +55,27 @@ def build_shard(
         temporary: where it is written until it is whole; on the same file system.
         segments: its records (columns `spill.RUN_COLUMNS`); each segment is sorted by key.
         dedup: whether of equal sequences only the one with the smallest id is kept.
+        marks: whether there may be marks among the records.
         memory: bytes to be used, about.
 
     Raises:
         InputError: if 4,096 records in a row have more than 2 GiB of residues.
     """
     writer = _ShardWriter(temporary)
-    duplicate_records = duplicate_residues = 0
+    left_out: Counter[str] = Counter()
     for piece in _pieces(segments, int(memory * _PIECE_SHARE)):
         keys, ids, residues = _concatenate(piece)
+        if marks:
+            rows, kept_out = obey_marks(keys, residues)
+            keys, ids, residues = keys[rows], take(ids, rows), take(residues, rows)
+            left_out.update(kept_out)
         order, duplicates = _sort(keys, ids, residues)
         if dedup:
             dropped = order[duplicates]
             offsets, _ = parts(residues)
-            duplicate_records += len(dropped)
-            duplicate_residues += int((offsets[dropped + 1] - offsets[dropped]).sum())
+            lengths = offsets[dropped + 1] - offsets[dropped]
+            left_out["duplicate.records"] += len(dropped)
+            left_out["duplicate.residues"] += int(lengths.sum())
             order = order[~duplicates]
         writer.append(keys, ids, residues, order)
     writer.close()
@@ -78,8 +87,7 @@ def build_shard(
         residues=writer.residues,
         bytes=writer.file.bytes,
         xxh3_128=writer.file.hexdigest(),
-        duplicate_records=duplicate_records,
-        duplicate_residues=duplicate_residues,
+        left_out=dict(left_out),
     )
 
 

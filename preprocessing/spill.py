@@ -32,8 +32,8 @@ _ROWS_PER_BATCH = 4096
 """As many rows are put in order at a time: they then stay in the cache until they are written."""
 
 _ROW_BYTES = 80
-"""Memory that a row costs besides its text: key 16, two offsets 16, and while a run is sorted the
-key's halves, shard and order, 48."""
+"""Memory that a row costs besides its text: key 16, two offsets 16, shard 4, and while a run is
+sorted the key's halves, the shard again and the order, 44."""
 
 _BUFFER_SHARE = 0.75
 """Share of the memory budget for collected records; the rest is for what is being written."""
@@ -69,6 +69,7 @@ class Spiller:
         rows = self._capacity // _ROW_BYTES + 1
         # Memory that is not written to costs nothing, so each column may reserve all of it.
         self._keys = np.empty((rows, KEY_BYTES), np.uint8)
+        self._shards = np.empty(rows, np.int32)
         self._ids = _Texts(rows, self._capacity)
         self._residues = _Texts(rows, self._capacity)
         self._rows = 0
@@ -78,7 +79,9 @@ class Spiller:
         self.runs: list[Run] = []
         """The runs written so far."""
 
-    def add(self, unit: int, keys: np.ndarray, ids: pa.Array, sequences: pa.Array) -> None:
+    def add(
+        self, unit: int, keys: np.ndarray, ids: pa.Array, sequences: pa.Array, shards: np.ndarray
+    ) -> None:
         """Add records of the unit at work.
 
         Args:
@@ -86,6 +89,7 @@ class Spiller:
             keys: uint8 [N, 16].
             ids: binary [N].
             sequences: binary [N].
+            shards: int [N], where each belongs; within a split they follow the keys.
 
         Raises:
             InputError: if they alone are more than the memory budget.
@@ -107,6 +111,7 @@ class Spiller:
                     f"({self._capacity:,} bytes of it are for them): raise --memory"
                 )
         self._keys[self._rows : self._rows + len(keys)] = keys
+        self._shards[self._rows : self._rows + len(keys)] = shards
         self._ids.append(self._rows, id_offsets, id_values)
         self._residues.append(self._rows, offsets, residues)
         self._rows += len(keys)
@@ -140,7 +145,7 @@ class Spiller:
         run = Run(name=name, finished=finished)
         keys = self._keys[:rows]
         ids, residues = self._ids.column(rows), self._residues.column(rows)
-        order, bounds = sort_into_shards(keys, self._placement)
+        order, bounds = sort_into_shards(keys, self._shards[:rows], self._placement)
         starts = [range(a, b, _ROWS_PER_BATCH) for a, b in pairwise(bounds.tolist())]
         about = {
             "name": name,
@@ -159,6 +164,7 @@ class Spiller:
         self.runs.append(run)
         left = self._rows - rows
         self._keys[:left] = self._keys[rows : self._rows]
+        self._shards[:left] = self._shards[rows : self._rows]
         self._ids.discard(rows, self._rows)
         self._residues.discard(rows, self._rows)
         self._rows = left
@@ -208,10 +214,11 @@ class _Texts:
         self._offsets[: rows - first + 1] = self._offsets[first : rows + 1] - start
 
 
-def sort_into_shards(keys: np.ndarray, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+def sort_into_shards(
+    keys: np.ndarray, shard: np.ndarray, placement: Placement
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows, int64 [N], by shard and key, and where each shard begins, [shards + 1]."""
     high, low = halves(keys)
-    shard = placement.shard_of(keys)
     order = np.argsort(high)
     held = shard[order] >= placement.shards
     order = np.concatenate([order[~held], order[held]])

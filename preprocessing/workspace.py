@@ -92,11 +92,19 @@ class Workspace:
         return shard if size == shard.bytes else None
 
     def build_shard(
-        self, name: str, segments: Sequence[pa.RecordBatch], *, dedup: bool, memory: int
+        self,
+        name: str,
+        segments: Sequence[pa.RecordBatch],
+        *,
+        dedup: bool,
+        marks: bool,
+        memory: int,
     ) -> Shard:
         """Make a shard and take note of it."""
         temporary = self.work / f"{name}.tmp"
-        shard = build_shard(self.output / name, temporary, segments, dedup=dedup, memory=memory)
+        shard = build_shard(
+            self.output / name, temporary, segments, dedup=dedup, marks=marks, memory=memory
+        )
         write_whole(self._shard_note(name), canonical_json(asdict(shard)))
         return shard
 
@@ -163,6 +171,8 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Name one thing in which two plans differ."""
     for name in sorted(old["options"].keys() | new["options"].keys()):
         before, after = old["options"].get(name), new["options"].get(name)
+        if before != after and isinstance(after, (list, dict)):
+            return f"{as_typed(name)} named other files then, or their content has changed"
         if before != after:
             return f"{as_typed(name)} was {before}, is now {after}"
     before, after = ({entry["path"]: entry for entry in plan["inputs"]} for plan in (old, new))

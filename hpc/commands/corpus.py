@@ -77,7 +77,22 @@ def preprocess(
     ] = None,
     holdout: Annotated[float, typer.Option(help="Share of sequences held out.")] = 0.0,
     min_length: Annotated[int, typer.Option(help="Drop shorter proteins.")] = 1,
-    max_length: Annotated[int | None, typer.Option(help="Drop longer proteins.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Proteins longer than this are long: see --long.")
+    ] = None,
+    long: Annotated[
+        str, typer.Option(help="What happens to long proteins: drop, split (windows) or keep.")
+    ] = "drop",
+    overlap: Annotated[
+        int, typer.Option(help="Residues that windows of a split protein share.")
+    ] = 0,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Leave out what this file names: a table of 'prothpc filter', a FASTA, or one id "
+            "a line. May be repeated."
+        ),
+    ] = None,
     on_invalid: Annotated[
         str, typer.Option(help="What a character that is no residue does: error, mask or drop.")
     ] = "error",
@@ -100,6 +115,9 @@ def preprocess(
         holdout=holdout,
         min_length=min_length,
         max_length=max_length,
+        long=long,  # type: ignore[arg-type]  # it checks the choice
+        overlap=overlap,
+        exclude=tuple(exclude or ()),
         on_invalid=on_invalid,  # type: ignore[arg-type]  # it checks the choice
         dedup=dedup,
         memory=parse_size(memory),
