@@ -201,6 +201,7 @@ class _Job:
                     [batch for run in opened for batch in run.of_shard(number)],
                     dedup=self._options.dedup,
                     marks=self._options.leaves_marks,
+                    compression=self._options.compression,
                     memory=self._options.memory,
                 )
                 progress.add(built[number].records, built[number].residues)

@@ -10,6 +10,7 @@ from preprocessing.errors import InputError
 from preprocessing.fasta import OnInvalid
 from preprocessing.files import hash_file
 from preprocessing.keys import Placement
+from preprocessing.shards import Compression
 
 MAX_SHARDS = 65_536
 _MIN_MEMORY = 2**20
@@ -46,6 +47,8 @@ class PreprocessOptions:
     X for it, "drop" leaves the record out (and records without residues)."""
     dedup: bool = True
     """Keep one of several records with equal residues: the one with the smallest id."""
+    compression: Compression = "none"
+    """Of the shards: "none" can be read in place, "lz4" and "zstd" are decompressed by batches."""
     memory: int = 2**30
     """Bytes of records that a rank holds at a time."""
 
@@ -65,6 +68,11 @@ class PreprocessOptions:
         if self.on_invalid not in get_args(OnInvalid):
             raise InputError(
                 f"--on-invalid {self.on_invalid}: choose one of {', '.join(get_args(OnInvalid))}"
+            )
+        if self.compression not in get_args(Compression):
+            raise InputError(
+                f"--compression {self.compression}: choose one of "
+                f"{', '.join(get_args(Compression))}"
             )
         if self.memory < _MIN_MEMORY:
             raise InputError(f"--memory {self.memory}: choose {_MIN_MEMORY:,} bytes or more")

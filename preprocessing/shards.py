@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,16 @@ _PIECE_SHARE = 0.25
 mapped runs, twice more to compare duplicates, and once to be written."""
 
 _MAX_BATCH_RESIDUES = 2**31 - 1  # offsets of list<uint8> are 32-bit
+
+
+Compression = Literal["none", "lz4", "zstd"]
+
+_CODECS = {
+    "none": None,
+    "lz4": "lz4",
+    # Level 3 made shards that were larger and slower to write.
+    "zstd": pa.Codec("zstd", compression_level=1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,7 @@ def build_shard(
     *,
     dedup: bool,
     marks: bool,
+    compression: Compression,
     memory: int,
 ) -> Shard:
     """Write the shard `path`.
@@ -56,12 +68,13 @@ def build_shard(
         segments: its records (columns `spill.RUN_COLUMNS`); each segment is sorted by key.
         dedup: whether of equal sequences only the one with the smallest id is kept.
         marks: whether there may be marks among the records.
+        compression: of the record batches.
         memory: bytes to be used, about.
 
     Raises:
         InputError: if 4,096 records in a row have more than 2 GiB of residues.
     """
-    writer = _ShardWriter(temporary)
+    writer = _ShardWriter(temporary, compression)
     left_out: Counter[str] = Counter()
     for piece in _pieces(segments, int(memory * _PIECE_SHARE)):
         keys, ids, residues = _concatenate(piece)
@@ -169,9 +182,10 @@ def _compare_with_previous(
 class _ShardWriter:
     """Writes rows as batches of equal length, and counts them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, compression: Compression) -> None:
         self.file = HashingFile(path)
-        self._writer = pa.ipc.new_file(self.file, SCHEMA)
+        options = pa.ipc.IpcWriteOptions(compression=_CODECS[compression], use_threads=False)
+        self._writer = pa.ipc.new_file(self.file, SCHEMA, options=options)
         self._left: list[tuple[np.ndarray, pa.Array, pa.Array]] = []
         self._rows_left = 0
         self.first_key: str | None = None

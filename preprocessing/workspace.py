@@ -17,7 +17,7 @@ import pyarrow as pa
 from preprocessing.errors import InputError, as_typed
 from preprocessing.files import sync, write_whole
 from preprocessing.records import MANIFEST, RUN, WORK, canonical_json, read_manifest
-from preprocessing.shards import Shard, build_shard
+from preprocessing.shards import Compression, Shard, build_shard
 from preprocessing.spill import Run, RunReader, usable_runs
 
 _PLAN = "plan.json"
@@ -98,12 +98,18 @@ class Workspace:
         *,
         dedup: bool,
         marks: bool,
+        compression: Compression,
         memory: int,
     ) -> Shard:
         """Make a shard and take note of it."""
-        temporary = self.work / f"{name}.tmp"
         shard = build_shard(
-            self.output / name, temporary, segments, dedup=dedup, marks=marks, memory=memory
+            self.output / name,
+            self.work / f"{name}.tmp",
+            segments,
+            dedup=dedup,
+            marks=marks,
+            compression=compression,
+            memory=memory,
         )
         write_whole(self._shard_note(name), canonical_json(asdict(shard)))
         return shard

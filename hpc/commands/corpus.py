@@ -97,6 +97,9 @@ def preprocess(
         str, typer.Option(help="What a character that is no residue does: error, mask or drop.")
     ] = "error",
     dedup: Annotated[bool, typer.Option(help="Keep one of several equal sequences.")] = True,
+    compression: Annotated[
+        str, typer.Option(help="Of the shards: none (read in place), lz4 or zstd (smallest).")
+    ] = "none",
     memory: Annotated[str, typer.Option(help="Memory per rank for collected records.")] = "1GiB",
 ) -> None:
     """Turn FASTA into sharded Arrow records: validated, de-duplicated, shuffled, checksummed.
@@ -120,6 +123,7 @@ def preprocess(
         exclude=tuple(exclude or ()),
         on_invalid=on_invalid,  # type: ignore[arg-type]  # it checks the choice
         dedup=dedup,
+        compression=compression,  # type: ignore[arg-type]  # it checks the choice
         memory=parse_size(memory),
     )
     ranks = connect(world_from_environment().size)

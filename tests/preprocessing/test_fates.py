@@ -159,8 +159,8 @@ def test_same_bytes_for_any_rank_count(tmp_path: Path, mpirun: Run, real_fasta: 
     ids.write_text("\n".join(names[::50]))
     pages = [
         {"shards": 4, "holdout": 0.1, "max_length": 256, "long": "split", "overlap": 64,
-         "memory": 2**21, "exclude": [str(ids)]},
-        {"shards": 4, "max_length": 300, "long": "keep"},
+         "memory": 2**21, "exclude": [str(ids)], "compression": "lz4"},
+        {"shards": 4, "max_length": 300, "long": "keep", "compression": "zstd"},
     ]  # fmt: skip
     jobs = [
         ([str(real_fasta)], str(tmp_path / f"three{number}"), options, 2**20)

@@ -35,7 +35,9 @@ def build(
 ) -> tuple[Shard, bytes]:
     path = directory / "shard-00000.arrow"
     batches = [segment(rows) for rows in segments]
-    shard = build_shard(path, directory / "tmp", batches, dedup=dedup, marks=True, memory=memory)
+    shard = build_shard(
+        path, directory / "tmp", batches, dedup=dedup, marks=True, compression="none", memory=memory
+    )
     return shard, path.read_bytes()
 
 
