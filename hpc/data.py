@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hpc.config import DataConfig, TrainConfig
-from hpc.streams import StreamOrder, mix, streams_of_rank
+from hpc.streams import StreamOrder, mix, permutation, streams_of_rank
 from preprocessing.errors import InputError
 from preprocessing.records import RecordSet
 from preprocessing.vocabulary import Vocabulary
@@ -43,6 +43,20 @@ class MicroBatch:
     """int64 [B]: hash of (run, record, epoch), for whatever an objective draws."""
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Token ids of N samples, packed: the residues of one follow those of the one before."""
+
+    numbers: np.ndarray
+    """int64 [N]: record numbers."""
+    tokens: np.ndarray
+    """uint8: ids of residues; special ones come when a batch is made."""
+    offsets: np.ndarray
+    """int64 [N + 1]: sample i is `tokens[offsets[i]:offsets[i + 1]]`."""
+    seeds: np.ndarray
+    """int64 [N]: hash of (run, record, epoch)."""
+
+
 class Batcher:
     """Reads records and makes them token ids, the same whoever asks.
 
@@ -57,7 +71,7 @@ class Batcher:
         self, records: RecordSet, vocabulary: Vocabulary, config: DataConfig, seed: int
     ) -> None:
         self._records = records
-        self._table = vocabulary.lookup_table()
+        self._table = vocabulary.lookup_table().tobytes()
         self._pad = vocabulary.id_of(vocabulary.pad)
         self._cls = vocabulary.id_of(vocabulary.cls)
         self._sep = vocabulary.id_of(vocabulary.sep)
@@ -66,40 +80,57 @@ class Batcher:
         self._seed = seed
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        """Return int64 [B]: tokens that each record will have, special ones included."""
-        offsets = [self._records.read(n, n + 1).offsets for n in numbers.tolist()]
-        return np.minimum([int(stop - start) for start, stop in offsets], self._residues) + 2
+        """Return int64 [N]: tokens that each record will have, special ones included."""
+        return np.minimum(self._records.pick(numbers).lengths, self._residues) + 2
 
-    def batch(self, stream: int, numbers: np.ndarray, epochs: np.ndarray) -> MicroBatch:
-        """Return the micro-batch of these records.
+    def read(self, numbers: np.ndarray, epochs: np.ndarray) -> Samples:
+        """Return samples of these records; many at once are read faster.
+
+        Args:
+            numbers: int64 [N] record numbers.
+            epochs: int64 [N], which shift random windows and the objective's draws.
+        """
+        picked = self._records.pick(numbers)
+        seeds = mix(self._seed, picked.keys[:, :8].copy().view(">u8")[:, 0], epochs)
+        lengths = np.minimum(picked.lengths, self._residues)
+        starts = np.zeros(len(numbers), np.int64)
+        if self._random_crop:
+            places = (picked.lengths - lengths + 1).astype(np.uint64)
+            starts = (mix(seeds, _CROP_DRAW) % places).astype(np.int64)
+        # Five times as fast as indexing the table with the residues.
+        tokens = picked.residues(starts, lengths).tobytes().translate(self._table)
+        return Samples(
+            numbers=numbers,
+            tokens=np.frombuffer(tokens, np.uint8),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            seeds=seeds.view(np.int64),
+        )
+
+    def pad(self, stream: int, samples: Samples, start: int = 0, count: int = 0) -> MicroBatch:
+        """Return a micro-batch of neighbouring samples.
 
         Args:
             stream: recorded in the batch.
-            numbers: int64 [B] record numbers.
-            epochs: int64 [B], which shift random windows and the objective's draws.
+            samples: of `read`.
+            start: first of them.
+            count: sequences in the batch; 0: all from `start`.
         """
-        read = [self._records.read(n, n + 1) for n in numbers.tolist()]
-        residues = [record.residues[slice(*record.offsets)] for record in read]
-        keys = np.concatenate([record.keys for record in read])
-        seeds = mix(self._seed, keys[:, :8].copy().view(">u8")[:, 0], epochs)
-        available = np.array([len(letters) for letters in residues])
-        lengths = np.minimum(available, self._residues) + 2
+        chosen = slice(start, start + count if count else len(samples.numbers))
+        offsets = samples.offsets[chosen.start : chosen.stop + 1]
+        lengths = offsets[1:] - offsets[:-1] + 2
         width = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
-        tokens = np.full((len(read), width), self._pad, np.uint8)
+        tokens = np.full((len(lengths), width), self._pad, np.uint8)
         tokens[:, 0] = self._cls
-        starts = np.zeros(len(read), np.uint64)
-        if self._random_crop:
-            starts = mix(seeds, _CROP_DRAW) % (available - lengths + 3).astype(np.uint64)
-        cuts = zip(tokens, residues, starts.tolist(), lengths.tolist(), strict=True)
-        for row, letters, start, length in cuts:
-            row[1 : length - 1] = self._table[letters[start : start + length - 2]]
-            row[length - 1] = self._sep
+        bounds = offsets.tolist()
+        for row, first, end in zip(tokens, bounds, bounds[1:], strict=False):
+            row[1 : end - first + 1] = samples.tokens[first:end]
+            row[end - first + 1] = self._sep
         return MicroBatch(
             stream=stream,
-            numbers=numbers,
+            numbers=samples.numbers[chosen],
             tokens=torch.from_numpy(tokens),
-            lengths=torch.from_numpy(lengths.astype(np.int64)),
-            seeds=torch.from_numpy(seeds.view(np.int64)),
+            lengths=torch.from_numpy(lengths),
+            seeds=torch.from_numpy(samples.seeds[chosen]),
         )
 
 
@@ -128,21 +159,23 @@ class Stream:
         """Return the next micro-batch and move the cursor past it."""
         window, index = self.cursor
         if window != self._loaded_window:
-            self._load(window)
+            self._samples = self._read(window)
+            self._loaded_window = window
         self.cursor = (window, index + 1) if index + 1 < self._bucket_batches else (window + 1, 0)
-        rows = self._batches[index]
-        return self._batcher.batch(self._order.stream, self._numbers[rows], self._epochs[rows])
+        start = index * self._micro_batch
+        return self._batcher.pad(self._order.stream, self._samples, start, self._micro_batch)
 
-    def _load(self, window: int) -> None:
+    def _read(self, window: int) -> Samples:
+        """Read a window's samples, in the order in which micro-batches take them."""
         size = self._micro_batch * self._bucket_batches
-        self._numbers, self._epochs = self._order.samples(window * size, size)
+        numbers, epochs = self._order.samples(window * size, size)
         rows = np.arange(size)
         if self._bucket_batches > 1:
-            rows = np.argsort(self._batcher.lengths(self._numbers), kind="stable")
+            rows = np.argsort(self._batcher.lengths(numbers), kind="stable")
         batches = rows.reshape(self._bucket_batches, self._micro_batch)
         words = (self._order.seed, self._order.stream, window)
-        self._batches = batches[np.argsort(mix(*words, np.arange(len(batches))), kind="stable")]
-        self._loaded_window = window
+        rows = batches[permutation(len(batches), *words)].ravel()
+        return self._batcher.read(numbers[rows], epochs[rows])
 
 
 class StreamLoader:

@@ -71,7 +71,8 @@ class HeldOut:
         sums = np.zeros((self.proteins, 4))
         for index in range(engine.world.rank, len(self._batches), engine.world.size):
             numbers = self._batches[index]
-            batch = self._batcher.batch(-1, numbers, np.zeros(len(numbers), np.int64))
+            samples = self._batcher.read(numbers, np.zeros(len(numbers), np.int64))
+            batch = self._batcher.pad(-1, samples)
             sums[numbers, :3] = self._protein_sums(engine, batch)
             sums[numbers, 3] = self._protein_sums(engine, _shuffled(batch))[:, 0]
         total = np.reshape(engine.sum_over_ranks(sums.ravel().tolist()), sums.shape)

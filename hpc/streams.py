@@ -7,7 +7,7 @@ shuffled. Windows of that sequence are sorted by length and cut into micro-batch
 a function of (seed, stream, epoch, position), so a cursor of two numbers restores a stream.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -44,7 +44,7 @@ def permutation(count: int, *words: int) -> np.ndarray:
     return np.argsort(mix(*words, np.arange(count)), kind="stable")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class StreamOrder:
     """The endless sample sequence of one stream.
 
@@ -59,6 +59,9 @@ class StreamOrder:
     """Records in the whole set."""
     block_records: int
     pool_blocks: int
+    _last_pool: tuple[tuple[int, ...], int, np.ndarray] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.records < self.streams:
@@ -103,16 +106,20 @@ class StreamOrder:
         parts = []
         for pool in range(int(first_pool), int(last_pool) + 1):
             pool_start = int(pool_ends[pool - 1]) if pool else 0
-            block = pool * self.pool_blocks
-            inside = np.concatenate(
-                [
-                    np.arange(firsts[b], min(firsts[b] + self.block_records, self.length))
-                    for b in range(block, min(block + self.pool_blocks, len(firsts)))
-                ]
-            )
-            inside = inside[permutation(len(inside), *words, pool)]
+            inside = self._pool(firsts, words, pool)
             parts.append(inside[max(start - pool_start, 0) : start + count - pool_start])
         return self.first + np.concatenate(parts)
+
+    def _pool(self, firsts: np.ndarray, words: tuple[int, ...], pool: int) -> np.ndarray:
+        """Records of a pool, shuffled; the last one is kept, as portions are smaller than pools."""
+        if self._last_pool is None or self._last_pool[:2] != (words, pool):
+            blocks = firsts[pool * self.pool_blocks : (pool + 1) * self.pool_blocks]
+            block = np.arange(min(self.block_records, self.length))
+            inside = (blocks[:, None] + block).ravel()
+            inside = inside[inside < self.length]
+            inside = inside[permutation(len(inside), *words, pool)]
+            self._last_pool = words, pool, inside
+        return self._last_pool[2]
 
 
 @lru_cache(maxsize=8192)

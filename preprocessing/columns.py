@@ -73,16 +73,24 @@ def key_array(column: pa.Array) -> np.ndarray:
     return values[: (column.offset + len(column)) * width].reshape(-1, width)[column.offset :]
 
 
-def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
-    """Open an Arrow IPC file by mapping it into memory.
+def map_file(path: Path) -> pa.Buffer:
+    """Map a file into memory.
 
-    The mapping lives as long as the reader or any array read from it; no file stays open, so that
+    The mapping lives as long as the buffer or any array made of it; no file stays open, so that
     thousands can be read side by side.
+
+    Raises:
+        OSError: if it cannot be opened.
+    """
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer()
+
+
+def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
+    """Open an Arrow IPC file by mapping it into memory, as `map_file` does.
 
     Raises:
         OSError: if it cannot be opened.
         pyarrow.ArrowInvalid: if it is no whole Arrow file.
     """
-    with pa.memory_map(str(path)) as file:
-        content = file.read_buffer()
-    return pa.ipc.open_file(pa.BufferReader(content))
+    return pa.ipc.open_file(pa.BufferReader(map_file(path)))

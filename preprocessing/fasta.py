@@ -19,7 +19,9 @@ OnInvalid = Literal["error", "mask", "drop"]
 
 _NEWLINE, _RETURN, _TAB, _SPACE = 10, 13, 9, 32
 _HEADER, _STOP, _MASK = ord(">"), ord("*"), ord("X")
-_FIRST_LETTER, _FIRST_LOWER, _LAST_LETTER = ord("A"), ord("a"), 25  # Z is the 25th after A
+_WINDOW = 32  # bytes of a header that are searched at once for the end of its id
+_FIRST_LETTER, _LAST_LETTER, _FIRST_LOWER, _LETTERS = ord("A"), ord("Z"), ord("a"), 26
+_BLANKS = (_SPACE, _TAB, _RETURN)
 
 _HINTS = {
     "*": "a stop is allowed only at the end of a sequence: translate without stops or split there",
@@ -104,22 +106,16 @@ class _Lines:
     """Where the headers, ids and sequence lines of a chunk begin and end (byte positions)."""
 
     def __init__(self, text: np.ndarray) -> None:
-        # One pass finds every blank and control character: line ends and ends of ids are among
-        # them, and the first blank of a line is the one after the newline before it.
-        blanks = np.flatnonzero(text <= _SPACE)
-        newline_at = np.flatnonzero(text[blanks] == _NEWLINE)
-        stops = blanks[newline_at]
+        stops = np.flatnonzero(text == _NEWLINE)
         starts = np.zeros_like(stops)
         starts[1:] = stops[:-1] + 1
-        first_blank = np.zeros_like(newline_at)
-        first_blank[1:] = newline_at[:-1] + 1
         is_header = text[starts] == _HEADER
 
         header_lines = np.flatnonzero(is_header)
         self.headers = starts[header_lines]
         """Position of each record's `>`."""
         self.id_starts = self.headers + 1
-        self.id_stops = blanks[first_blank[header_lines]]
+        self.id_stops = _first_blanks(text, self.id_starts)
         sequence_lines = np.flatnonzero(~is_header)
         self.starts = starts[sequence_lines]
         self.stops = stops[sequence_lines] - (text[stops[sequence_lines] - 1] == _RETURN)
@@ -134,6 +130,32 @@ class _Lines:
         return int(self.starts[line]) + residue - int(line_offsets[line])
 
 
+def _first_blanks(text: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return where the first blank or control character stands, from each start on.
+
+    `text` ends with a newline. Windows of it are looked at as 32-bit masks, of which the highest
+    bit stands for the first byte.
+    """
+    last_window = len(text) - _WINDOW
+    inside = int(np.searchsorted(starts, last_window, side="right"))
+    if inside < len(starts):
+        tail = np.full(2 * _WINDOW, _NEWLINE, np.uint8)
+        from_byte = max(last_window, 0)
+        tail[: len(text) - from_byte] = text[from_byte:]
+        near_end = _first_blanks(tail, starts[inside:] - from_byte) + from_byte
+        return np.concatenate([_first_blanks(text, starts[:inside]), near_end])
+    if inside == 0:
+        return starts
+    windows = np.ndarray(last_window + 1, f"V{_WINDOW}", text, strides=(1,))[starts]
+    blank = windows.view(np.uint8).reshape(-1, _WINDOW) <= _SPACE
+    mask = np.packbits(blank, axis=1).view(">u4")[:, 0].astype(np.float64)
+    stops = starts + _WINDOW - np.frexp(mask)[1]
+    longer = np.flatnonzero(mask == 0)
+    if len(longer):
+        stops[longer] = _first_blanks(text, starts[longer] + _WINDOW)
+    return stops
+
+
 @dataclass(frozen=True)
 class _Residues:
     """Residues of a chunk as they stand in the file, line ends removed."""
@@ -141,15 +163,17 @@ class _Residues:
     values: np.ndarray  # uint8, read-only
     line_offsets: np.ndarray  # int32 [sequence lines + 1]
     record_offsets: np.ndarray  # int32 [N + 1]
-    clean: bool  # nothing but capitals
+    odd: np.ndarray  # int [odd], rising: places in values that hold no capital
+    capitals: np.ndarray  # uint8, values with small letters made capital
+    lowercase: int  # how many these were
 
 
 def _residues(text: np.ndarray, lines: _Lines) -> _Residues:
     result = _join(text, lines)
-    if not result.clean and np.isin(result.values, (_SPACE, _TAB, _RETURN)).any():
+    if np.isin(result.values[result.odd], _BLANKS).any():
         while True:  # blanks at line ends
             last = text[lines.stops - 1]
-            blank = (lines.stops > lines.starts) & np.isin(last, (_SPACE, _TAB, _RETURN))
+            blank = (lines.stops > lines.starts) & np.isin(last, _BLANKS)
             if not blank.any():
                 break
             lines.stops = lines.stops - blank
@@ -159,13 +183,25 @@ def _residues(text: np.ndarray, lines: _Lines) -> _Residues:
 
 def _join(text: np.ndarray, lines: _Lines) -> _Residues:
     line_offsets, values = parts(gather(text, lines.starts, lines.stops))
-    values = values[: line_offsets[-1]]
-    clean = not _is_no_letter(values).any() if len(values) else True
-    return _Residues(values, line_offsets, line_offsets[lines.first_line], clean)
+    values = capitals = values[: line_offsets[-1]]
+    odd = np.empty(0, np.int64)
+    lowercase = 0
+    if len(values) and (values.min() < _FIRST_LETTER or values.max() > _LAST_LETTER):
+        capitals, lowercase = _upper(values)
+        odd = np.flatnonzero(_is_no_letter(capitals))
+    return _Residues(values, line_offsets, line_offsets[lines.first_line], odd, capitals, lowercase)
+
+
+def _upper(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return a text with small letters made capital, and how many these were."""
+    lower = values - np.uint8(_FIRST_LOWER) < _LETTERS  # uint8 wraps below a
+    capitals = lower.view(np.uint8) * np.uint8(_FIRST_LOWER - _FIRST_LETTER)
+    np.subtract(values, capitals, out=capitals)
+    return capitals, int(np.count_nonzero(lower))
 
 
 def _is_no_letter(values: np.ndarray) -> np.ndarray:
-    return values - np.uint8(_FIRST_LETTER) > _LAST_LETTER  # uint8 wraps below A
+    return values - np.uint8(_FIRST_LETTER) >= _LETTERS  # uint8 wraps below A
 
 
 @dataclass(frozen=True)
@@ -177,16 +213,13 @@ class _Cleaned:
 
 
 def _clean(residues: _Residues, on_invalid: OnInvalid) -> _Cleaned:
-    """Upper-case, strip stops, mask; the usual chunk of capitals passes through untouched."""
-    changed = {"lowercase_residues": 0, "stops_stripped": 0, "masked_residues": 0}
-    offsets = residues.record_offsets
-    nothing = np.empty(0, np.int64)
-    if residues.clean:
-        return _Cleaned(to_binary(offsets, residues.values), changed, nothing, nothing)
-
-    lower = residues.values - np.uint8(_FIRST_LOWER) <= _LAST_LETTER
-    values = residues.values - lower * np.uint8(_FIRST_LOWER - _FIRST_LETTER)
-    changed["lowercase_residues"] = int(np.count_nonzero(lower))
+    """Strip stops, mask; a chunk of letters passes through untouched."""
+    changed = {
+        "lowercase_residues": residues.lowercase, "stops_stripped": 0, "masked_residues": 0,
+    }  # fmt: skip
+    offsets, values, odd = residues.record_offsets, residues.capitals, residues.odd
+    if len(odd) == 0:
+        return _Cleaned(to_binary(offsets, values), changed, odd, odd)
 
     stops = offsets[1:].copy()
     ending = np.arange(len(stops))  # records that end with a stop sign
@@ -196,10 +229,9 @@ def _clean(residues: _Residues, on_invalid: OnInvalid) -> _Cleaned:
         stops[ending] -= 1
     changed["stops_stripped"] = int((offsets[1:] - stops).sum())
 
-    bad = np.flatnonzero(_is_no_letter(values))
-    bad_records = np.searchsorted(offsets, bad, side="right") - 1
-    inside = bad < stops[bad_records]  # not one of the stripped stops
-    bad, bad_records = bad[inside], bad_records[inside]
+    odd_records = np.searchsorted(offsets, odd, side="right") - 1
+    inside = odd < stops[odd_records]  # not one of the stripped stops
+    bad, bad_records = odd[inside], odd_records[inside]
     if on_invalid == "mask":
         values[bad] = _MASK
         changed["masked_residues"] = len(bad)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import xxhash
 
@@ -35,27 +34,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_checked(path: Path, value: Any) -> None:
-    """Write JSON in a way that `read_checked` notices any change of it."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    write_whole(path, f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}\n".encode())
-
-
-def read_checked(path: Path) -> Any:
-    """Read what `write_checked` wrote.
-
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is not what was written.
-    """
-    digest, _, text = path.read_bytes().partition(b"\n")
-    if xxhash.xxh3_128_hexdigest(text[:-1]).encode() != digest or not text.endswith(b"\n"):
-        raise ValueError("its bytes do not have the hash that was written with them")
-    return json.loads(text)
-
-
 def hash_file(path: Path) -> tuple[int, str]:
-    """Return a file's size and its xxh3-128 (hex)."""
+    """Return a file's size and the xxh3-128 (hex) of its bytes."""
     hasher, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_READ_BYTES):

@@ -17,16 +17,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from preprocessing.columns import parts
 from preprocessing.errors import InputError
-from preprocessing.fasta import FastaProblem, parse
-from preprocessing.keys import Placement, hash_residues
+from preprocessing.exclusions import map_exclusions, write_exclusions
+from preprocessing.keys import Placement
 from preprocessing.manifest import describe_run, make_manifest
 from preprocessing.options import MAX_SHARDS, PreprocessOptions, record_options
 from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
+from preprocessing.parsing import parsed_chunks
 from preprocessing.progress import Progress
 from preprocessing.records import FORMAT, VERSION, RecordSet, read_manifest
-from preprocessing.selection import select
+from preprocessing.selection import Selection
 from preprocessing.shards import Shard
 from preprocessing.sources import (
     CHUNK_BYTES,
@@ -80,7 +80,7 @@ def generate(
     try:
         sources = on_first_rank(ranks, lambda: _examine_all(inputs))
         placement = Placement(options.shards or default_shards(sources), options.holdout)
-        plan = _make_plan(sources, options, placement, unit_bytes)
+        plan = on_first_rank(ranks, lambda: _make_plan(sources, options, placement, unit_bytes))
         if on_first_rank(ranks, lambda: workspace.enter(plan)):
             return on_first_rank(ranks, lambda: _finished(workspace.output))
         job = _Job(ranks, workspace, sources, placement, options, unit_bytes)
@@ -166,15 +166,16 @@ class _Job:
             return runs
         if done and self._ranks.rank == 0:
             _log.info("going on: %d of %d units are done", len(done), len(self._units))
+        on_first_rank(self._ranks, self._write_lookups)
 
         def work(tasks: Iterator[int]) -> list[Run]:
             spiller = Spiller(self._workspace.work, self._placement, self._options.memory)
+            selection = self._selection()
             progress = Progress(self._ranks.rank == 0, "map", "units", len(missing))
-            with self._workspace.writing():
-                for task in tasks:
-                    self._map_unit(missing[task], spiller, progress)
-                    progress.handed_out(task + 1)
-                spiller.flush()
+            for task in tasks:
+                self._map_unit(missing[task], selection, spiller, progress)
+                progress.handed_out(task + 1)
+            spiller.flush()
             return spiller.runs
 
         for written in share_out(self._ranks, len(missing), work):
@@ -184,30 +185,33 @@ class _Job:
     def reduce(self, runs: Sequence[Run]) -> list[Shard]:
         """Let every shard be built; return them in order, on every rank."""
         names = [self._placement.file_name(number) for number in range(len(self._placement))]
+        shards = on_first_rank(
+            self._ranks, lambda: [self._workspace.finished_shard(name) for name in names]
+        )
+        missing = [number for number, shard in enumerate(shards) if shard is None]
 
         def work(tasks: Iterator[int]) -> dict[int, Shard]:
             opened = self._workspace.open_runs(runs)
-            progress = Progress(self._ranks.rank == 0, "reduce", "shards", len(names))
+            progress = Progress(self._ranks.rank == 0, "reduce", "shards", len(missing))
             built = {}
-            for number in tasks:
-                shard = self._workspace.finished_shard(names[number])
-                if shard is None:
-                    with self._workspace.writing():
-                        shard = self._workspace.build_shard(
-                            names[number],
-                            [batch for run in opened for batch in run.of_shard(number)],
-                            dedup=self._options.dedup,
-                            memory=self._options.memory,
-                        )
-                built[number] = shard
-                progress.add(shard.records, shard.residues)
-                progress.handed_out(number + 1)
+            for task in tasks:
+                number = missing[task]
+                built[number] = self._workspace.build_shard(
+                    names[number],
+                    [batch for run in opened for batch in run.of_shard(number)],
+                    dedup=self._options.dedup,
+                    marks=self._options.leaves_marks,
+                    compression=self._options.compression,
+                    memory=self._options.memory,
+                )
+                progress.add(built[number].records, built[number].residues)
+                progress.handed_out(task + 1)
             return built
 
-        shards: dict[int, Shard] = {}
-        for built in share_out(self._ranks, len(names), work):
-            shards |= built
-        return [shards[number] for number in range(len(names))]
+        for built in share_out(self._ranks, len(missing), work):
+            for number, shard in built.items():
+                shards[number] = shard
+        return [shard for shard in shards if shard is not None]
 
     def finish(
         self, plan: dict[str, Any], runs: Sequence[Run], shards: Sequence[Shard]
@@ -238,7 +242,19 @@ class _Job:
             )  # fmt: skip
         return manifest
 
-    def _map_unit(self, number: int, spiller: Spiller, progress: Progress) -> None:
+    def _write_lookups(self) -> None:
+        """Put what ranks look up while they map into files that all can map."""
+        options = self._options
+        if options.exclude:
+            write_exclusions(self._workspace.work, options.exclude, options.on_invalid)
+
+    def _selection(self) -> Selection:
+        exclusions = map_exclusions(self._workspace.work) if self._options.exclude else None
+        return Selection(self._options, self._placement, exclusions)
+
+    def _map_unit(
+        self, number: int, selection: Selection, spiller: Spiller, progress: Progress
+    ) -> None:
         unit, options = self._units[number], self._options
         source = self._sources[unit.source]
         reader = UnitReader(
@@ -248,17 +264,9 @@ class _Job:
             chunk_bytes=min(CHUNK_BYTES, self._unit_bytes, options.memory // _CHUNKS_IN_MEMORY),
         )
         result = UnitResult(unit=number)
-        for chunk in reader.chunks():
-            try:
-                parsed = parse(chunk.text, options.on_invalid)
-            except FastaProblem as problem:
-                line = reader.line_number(chunk, problem.position)
-                name = "" if problem.record_id is None else f", record '{problem.record_id}'"
-                raise BadInput(f"{source.path}, line {line:,}{name}: {problem}") from problem
-            selected = select(parsed, options, result.counts)
-            offsets, residues = parts(selected.sequences)
-            keys = hash_residues(offsets, residues)
-            spiller.add(number, keys, selected.ids, selected.sequences)
+        for chunk, parsed in parsed_chunks(reader, source.path, options.on_invalid):
+            for rows in selection.select(parsed, result.counts):
+                spiller.add(number, rows.keys, rows.ids, rows.sequences, rows.shards)
             progress.add(len(parsed.ids), len(chunk.text))
         result.block_hashes = reader.block_hashes
         spiller.end_unit(result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from itertools import repeat
 
 import numpy as np
@@ -25,10 +26,8 @@ _32 = np.uint64(32)
 
 def hash_residues(offsets: np.ndarray, residues: np.ndarray) -> np.ndarray:
     """Return the keys, uint8 [N, 16], of records `residues[offsets[i]:offsets[i + 1]]`."""
-    first, last = int(offsets[0]), int(offsets[-1])
-    text = residues[first:last].tobytes()
-    bounds = (offsets - first).tolist()
-    records = map(text.__getitem__, map(slice, bounds, bounds[1:]))
+    text = BytesIO(residues[int(offsets[0]) : int(offsets[-1])].data)
+    records = map(text.read, np.diff(offsets).tolist())  # a third faster than slicing bytes
     digests = b"".join(map(xxhash.xxh3_128_digest, records))
     return np.frombuffer(digests, np.uint8).reshape(-1, KEY_BYTES)
 
@@ -69,16 +68,29 @@ class Placement:
             return f"shard-{shard:05d}.arrow"
         return f"holdout-{shard - self.shards:05d}.arrow"
 
-    def shard_of(self, keys: np.ndarray) -> np.ndarray:
-        """Return the shard, int64 [N], of keys uint8 [N, 16]."""
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that there are."""
+        return ("train", "holdout") if self.holdout > 0 else ("train",)
+
+    def shard_of(self, keys: np.ndarray, held_out: np.ndarray | None = None) -> np.ndarray:
+        """Return the shard, int64 [N], of keys uint8 [N, 16].
+
+        Args:
+            keys: what decides the place in the split.
+            held_out: bool [N], which are in the held-out split; None: as `held_out` says.
+        """
         high, low = halves(keys)
         shard = _scale(high, low, self.shards)
         if self.holdout > 0:
-            held = self._held_out(keys)
+            held = self.held_out(keys) if held_out is None else held_out
             shard[held] = self.shards + _scale(high[held], low[held], self.holdout_shards)
         return shard
 
-    def _held_out(self, keys: np.ndarray) -> np.ndarray:
+    def held_out(self, keys: np.ndarray) -> np.ndarray:
+        """Return bool [N]: which of the keys, uint8 [N, 16], their salted hash holds out."""
+        if self.holdout == 0:
+            return np.zeros(len(keys), bool)
         text = keys.tobytes()
         starts = range(0, len(text), KEY_BYTES)
         records = map(

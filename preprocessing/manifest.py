@@ -18,8 +18,11 @@ from preprocessing.sources import Source
 from preprocessing.spill import UnitResult
 from preprocessing.vocabulary import RESIDUES
 
-REASONS = ("duplicate", "invalid", "too_long", "too_short")
-"""Why a record is not kept."""
+REASONS = ("duplicate", "excluded", "in_holdout", "invalid", "split", "too_long", "too_short")
+"""Why a record is not kept: `in_holdout` ones equal a held-out record, `split` ones became windows.
+
+The counts add up: `read` + `windows` = `kept` + all of `not_kept`.
+"""
 
 CHANGES = ("lowercase_residues", "masked_residues", "stops_stripped")
 
@@ -48,18 +51,21 @@ def make_manifest(
     counts: Counter[str] = Counter()
     for _, result in units:
         counts.update(result.counts)
-    counts["duplicate.records"] = sum(shard.duplicate_records for shard in shards)
-    counts["duplicate.residues"] = sum(shard.duplicate_residues for shard in shards)
+    for shard in shards:
+        counts.update(shard.left_out)
     by_split = {
         split: [shard for number, shard in enumerate(shards) if placement.split_of(number) == split]
         for split in SPLITS
     }
-    read, kept = _amount(counts, "read"), _sum(shards)
+    read, windows, kept = _amount(counts, "read"), _amount(counts, "windows"), _sum(shards)
     not_kept = {reason: _amount(counts, reason) for reason in REASONS}
-    for what, amount in read.items():
-        assert amount == kept[what] + sum(part[what] for part in not_kept.values()), counts
+    for what in read:
+        left = kept[what] + sum(part[what] for part in not_kept.values())
+        assert read[what] + windows[what] == left, counts
     totals = {
         "read": read,
+        "longer_than_max_length": _amount(counts, "longer"),
+        "windows": windows,
         "kept": kept,
         "not_kept": not_kept,
         "changed": {change: counts[change] for change in CHANGES},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from preprocessing.columns import key_array, open_arrow, parts
+from preprocessing.addresses import gather_at, read_at
+from preprocessing.columns import key_array, map_file, parts
 from preprocessing.errors import InputError
 from preprocessing.keys import KEY_BYTES
 
@@ -31,6 +33,11 @@ WORK = ".work"
 """Directory of an unfinished job, inside the record set's own."""
 
 SPLITS = ("train", "holdout")
+
+CACHED_BYTES = 512 * 2**20
+"""Decompressed batches that a reader keeps; those of uncompressed shards stay in the file."""
+_CACHED_BATCHES = 4096
+_OFFSET_BYTES = 4  # offsets of list<uint8> are int32
 
 SCHEMA = pa.schema(
     [
@@ -99,6 +106,47 @@ class Records:
         return self.id_column.to_pylist()
 
 
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """N records in any order, still in the mapped shards."""
+
+    lengths: np.ndarray
+    """int64 [N]: residues."""
+    _residue_addresses: np.ndarray
+    _key_addresses: np.ndarray
+    _owners: object
+    """Keeps alive what the addresses point to."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """uint8 [N, 16]; read each time."""
+        if not len(self):
+            return np.empty((0, KEY_BYTES), np.uint8)
+        halves = [read_at(self._key_addresses + skip, np.uint64) for skip in (0, KEY_BYTES // 2)]
+        return np.stack(halves, axis=1).view(np.uint8)
+
+    def residues(self, first: np.ndarray | int = 0, count: np.ndarray | None = None) -> np.ndarray:
+        """Copy the records' residues next to each other.
+
+        Args:
+            first: int64 [N], first residue wanted of each record.
+            count: int64 [N], residues wanted from there; None: all to the end.
+
+        Returns:
+            uint8 [sum of counts], ASCII capitals.
+        """
+        if not len(self):
+            return np.empty(0, np.uint8)
+        count = self.lengths - first if count is None else count
+        if np.any((count < 0) | (first < 0) | (first + count > self.lengths)):
+            raise IndexError("residues beyond the ends of a record")
+        starts = self._residue_addresses + first
+        return gather_at(starts, starts + count)
+
+
 class Record(NamedTuple):
     """One record in Python types."""
 
@@ -149,13 +197,20 @@ class RecordSet:
             )
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.num_records = int(self._starts[-1])
-        self._open: dict[int, _Shard] = {}
+        batches = -(-np.array(counts, np.int64) // self._rows_per_batch)
+        self._first_batches = np.concatenate([[0], np.cumsum(batches)])
+        self._close()
 
     def __len__(self) -> int:
         return self.num_records
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        closed = dict.fromkeys(("_open", "_recent", "_places"))
+        return {**self.__dict__, **closed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._close()
 
     def read(self, start: int, stop: int) -> Records:
         """Return records start to stop - 1, numbered through the split in order of keys.
@@ -168,15 +223,48 @@ class RecordSet:
             raise IndexError(f"records {start} to {stop} of {self.num_records}")
         pieces = []
         while start < stop:
-            number = self._shard_at(start)
-            row = start - int(self._starts[number])
-            batch, first = divmod(row, self._rows_per_batch)
-            in_shard = int(self._starts[number + 1]) - int(self._starts[number])
-            rows_left = min((batch + 1) * self._rows_per_batch, in_shard) - row
-            count = min(stop - start, rows_left)
-            pieces.append(_slice(self._shard(number).batch(batch), first, first + count))
+            shard = self._shard_at(start)
+            batch, first = divmod(start - int(self._starts[shard]), self._rows_per_batch)
+            records = self._batch(int(self._first_batches[shard]) + batch)
+            count = min(stop - start, len(records) - first)
+            pieces.append(_slice(records, first, first + count))
             start += count
+        self._forget()
         return pieces[0] if len(pieces) == 1 else _join(pieces)
+
+    def pick(self, numbers: np.ndarray) -> Picked:
+        """Return records in any order; all at once is many times faster than one by one.
+
+        Args:
+            numbers: integers [N], of records in the split.
+
+        Raises:
+            IndexError: if they are not within 0 to `num_records` - 1.
+            InputError: if a shard is missing or damaged.
+        """
+        numbers = np.asarray(numbers, np.int64)
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.num_records:
+            raise IndexError(f"records {numbers.min()} to {numbers.max()} of {self.num_records}")
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        batches, rows = np.divmod(numbers - self._starts[shards], self._rows_per_batch)
+        batches += self._first_batches[shards]
+        decompressed = []
+        # Addresses in the file hold for ever, those of decompressed batches while they are kept.
+        if self._decompresses or not self._places[batches, 0].all():
+            decompressed = [self._batch(number) for number in np.unique(batches).tolist()]
+        places = self._places[batches]
+        self._forget()
+        owners = (self._open, decompressed)
+        if not len(numbers):
+            return Picked(numbers, numbers, numbers, owners)
+        keys, offsets, residues, size = places.T
+        offsets = offsets + rows * _OFFSET_BYTES
+        starts, stops = read_at(offsets, np.int32), read_at(offsets + _OFFSET_BYTES, np.int32)
+        wrong = (starts < 0) | (stops < starts) | (stops > size)
+        if wrong.any():
+            raise self._damaged(int(shards[wrong][0]), "some records lie outside of it")
+        lengths = stops.astype(np.int64) - starts
+        return Picked(lengths, residues + starts, keys + rows * KEY_BYTES, owners)
 
     def record(self, number: int) -> Record:
         """Return one record by its number."""
@@ -207,49 +295,94 @@ class RecordSet:
         for number in range(len(self._shards)):
             self._check_file(number)
 
+    def _close(self) -> None:
+        """Begin with nothing read."""
+        self._open: dict[int, _Shard] = {}
+        self._recent: OrderedDict[int, _Batch] = OrderedDict()
+        self._recent_bytes = 0
+        self._decompresses = False
+        # Of each batch: addresses of keys, offsets and residues, and residues; 0 if not known.
+        self._places = np.zeros((int(self._first_batches[-1]), 4), np.int64)
+
     def _shard_at(self, number: int) -> int:
         return int(np.searchsorted(self._starts, number, side="right")) - 1
 
     def _key_of(self, number: int) -> bytes:
         return self.read(number, number + 1).keys[0].tobytes()
 
+    def _batch(self, number: int) -> Records:
+        """Return a batch, numbered through the split; `_forget` comes later."""
+        if number in self._recent:
+            self._recent.move_to_end(number)
+            return self._recent[number].records
+        shard = int(np.searchsorted(self._first_batches, number, side="right")) - 1
+        in_shard = number - int(self._first_batches[shard])
+        rows = int(self._starts[shard + 1] - self._starts[shard]) - in_shard * self._rows_per_batch
+        try:
+            batch = self._shard(shard).batch(in_shard)
+        except (OSError, pa.ArrowException, IndexError) as error:
+            raise self._damaged(shard, f"cannot be read ({error})") from error
+        records = batch.records
+        if len(records) != min(rows, self._rows_per_batch):
+            raise self._damaged(shard, f"batch {in_shard:,} has {len(records):,} records")
+        arrays = (records.keys, records.offsets, records.residues)
+        self._places[number] = *(array.ctypes.data for array in arrays), len(records.residues)
+        self._recent[number] = batch
+        self._recent_bytes += batch.bytes
+        self._decompresses |= batch.bytes > 0
+        return records
+
+    def _forget(self) -> None:
+        """Let go of the batches that were not used for the longest time."""
+        while len(self._recent) > 1 and (
+            self._recent_bytes > CACHED_BYTES or len(self._recent) > _CACHED_BATCHES
+        ):
+            _, batch = self._recent.popitem(last=False)
+            self._recent_bytes -= batch.bytes
+
     def _shard(self, number: int) -> _Shard:
         if number not in self._open:
             self._check_file(number)
-            path = self.directory / self._shards[number]
-            try:
-                self._open[number] = _Shard(open_arrow(path))
-            except (OSError, pa.ArrowInvalid) as error:
-                raise InputError(
-                    f"{path}: cannot be read ({error}): see what else is damaged with "
-                    f"'prothpc verify {self.directory}'"
-                ) from error
+            self._open[number] = _Shard(self.directory / self._shards[number])
         return self._open[number]
 
+    def _damaged(self, shard: int, what: str) -> InputError:
+        return InputError(
+            f"{self.directory / self._shards[shard]}: {what}: see what else is damaged with "
+            f"'prothpc verify {self.directory}'"
+        )
+
     def _check_file(self, number: int) -> None:
-        path = self.directory / self._shards[number]
-        see = f"see what else is damaged with 'prothpc verify {self.directory}'"
         try:
-            size = path.stat().st_size
+            size = (self.directory / self._shards[number]).stat().st_size
         except OSError as error:
-            raise InputError(f"{path}: the shard is missing ({error.strerror}): {see}") from error
+            raise self._damaged(number, f"the shard is missing ({error.strerror})") from error
         if size != self._sizes[number]:
-            raise InputError(
-                f"{path}: the shard has {size:,} bytes instead of {self._sizes[number]:,}: {see}"
-            )
+            expected = f"{size:,} bytes instead of {self._sizes[number]:,}"
+            raise self._damaged(number, f"the shard has {expected}")
+
+
+class _Batch(NamedTuple):
+    records: Records
+    bytes: int
+    """Memory that it takes; 0 if it is a view of the file."""
 
 
 class _Shard:
-    """An open shard, and its batch used last."""
+    """An open shard."""
 
-    def __init__(self, reader: pa.ipc.RecordBatchFileReader) -> None:
-        self._reader = reader
-        self._last: tuple[int, Records] | None = None
+    def __init__(self, path: Path) -> None:
+        self._content = map_file(path)
+        self._reader = pa.ipc.open_file(pa.BufferReader(self._content))
 
-    def batch(self, number: int) -> Records:
-        if self._last is None or self._last[0] != number:
-            self._last = number, as_records(self._reader.get_batch(number))
-        return self._last[1]
+    def batch(self, number: int) -> _Batch:
+        content = self._reader.get_batch(number)
+        records = as_records(content)
+        # Compression is up to each buffer: those that it would not shorten stay in the file.
+        first, end = self._content.address, self._content.address + self._content.size
+        arrays = (records.keys, records.offsets, records.residues)
+        in_file = all(first <= array.ctypes.data < end for array in arrays)
+        return _Batch(records, 0 if in_file else content.nbytes)
 
 
 def as_records(batch: pa.RecordBatch) -> Records:

@@ -13,7 +13,8 @@ import pyarrow as pa
 from preprocessing.columns import open_arrow
 from preprocessing.errors import InputError
 from preprocessing.files import hash_file
-from preprocessing.keys import Placement, halves, hash_residues
+from preprocessing.keys import KEY_BYTES, Placement, halves, hash_residues
+from preprocessing.keysets import KeySet
 from preprocessing.manifest import CHANGES, REASONS
 from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
 from preprocessing.records import (
@@ -58,7 +59,7 @@ def verify(directory: Path, ranks: Ranks | None = None) -> VerifyReport:
     outline = on_first_rank(ranks, lambda: _read_outline(directory))
 
     def work(tasks: Iterator[int]) -> dict[int, list[str]]:
-        return {task: _check_shard(directory, outline, task) for task in tasks}
+        return {task: _check_shard(outline, task) for task in tasks}
 
     problems = list(outline.problems)
     found: dict[int, list[str]] = {}
@@ -81,8 +82,11 @@ def verify(directory: Path, ranks: Ranks | None = None) -> VerifyReport:
 
 
 class _Outline(NamedTuple):
+    directory: Path
     placement: Placement
     dedup: bool
+    split_length: int | None
+    """Length of the windows that long records were split into, if they were."""
     rows_per_batch: int
     shards: list[dict[str, Any]]
     """The manifest's shards, numbered as `Placement` does."""
@@ -102,7 +106,13 @@ def _read_outline(directory: Path) -> _Outline:
         if names != expected:
             raise ValueError(f"shards are not named {expected[0]} to {expected[-1]}")
         outline = _Outline(
-            placement, options["dedup"], manifest["rows_per_batch"], shards, problems
+            directory=directory,
+            placement=placement,
+            dedup=options["dedup"],
+            split_length=options["max_length"] if options["long"] == "split" else None,
+            rows_per_batch=manifest["rows_per_batch"],
+            shards=shards,
+            problems=problems,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
@@ -131,8 +141,14 @@ def _check_manifest(
         sums = {
             "the inputs": (totals["read"][what], sum(e[what] for e in manifest["inputs"])),
             "kept and not kept": (
-                totals["read"][what],
+                totals["read"][what] + totals["windows"][what],
                 totals["kept"][what] + sum(part[what] for part in totals["not_kept"].values()),
+            ),
+            "dropped and split": (
+                totals["longer_than_max_length"][what],
+                sum(totals["not_kept"][reason][what] for reason in ("too_long", "split"))
+                if manifest["options"]["long"] != "keep"
+                else totals["longer_than_max_length"][what],
             ),
             "the shards": (totals["kept"][what], sum(shard[what] for shard in shards)),
         } | {
@@ -147,10 +163,10 @@ def _check_manifest(
                 yield f"{what} do not add up: {total:,} in the totals, {parts:,} in {name}"
 
 
-def _check_shard(directory: Path, outline: _Outline, number: int) -> list[str]:
+def _check_shard(outline: _Outline, number: int) -> list[str]:
     """Return what is wrong with a shard."""
     about = outline.shards[number]
-    path = directory / about["name"]
+    path = outline.directory / about["name"]
     try:
         size, digest = hash_file(path)
     except OSError as error:
@@ -186,6 +202,8 @@ class _ShardCheck:
     def __init__(self, outline: _Outline, number: int) -> None:
         self._outline = outline
         self._number = number
+        self._held_out = number >= outline.placement.shards
+        self._twins = self._held_out_twins()
         self._previous: Records | None = None
         self.problems: list[str] = []
         self.records = 0
@@ -207,12 +225,37 @@ class _ShardCheck:
         self._note(batch, np.flatnonzero(np.diff(batch.offsets) == 0), "has no residues")
         right = hash_residues(batch.offsets, batch.residues)
         self._note(batch, np.flatnonzero((right != batch.keys).any(axis=1)), "has a wrong key")
-        place = self._outline.placement.shard_of(batch.keys)
-        self._note(batch, np.flatnonzero(place != self._number), "belongs into another shard")
+        self._check_place(batch)
         self._check_order(batch)
         self.records += len(batch)
         self.residues += len(residues)
         self._previous = batch
+
+    def _check_place(self, batch: Records) -> None:
+        """See that the rows are in the right split, and there in the right shard."""
+        placement, held_out = self._outline.placement, np.full(len(batch), self._held_out)
+        place = placement.shard_of(batch.keys, held_out)
+        self._note(batch, np.flatnonzero(place != self._number), "belongs into another shard")
+        wrong = placement.held_out(batch.keys) != held_out
+        if self._outline.split_length is not None:  # windows follow the record they were cut from
+            wrong &= np.diff(batch.offsets) != self._outline.split_length
+        self._note(batch, np.flatnonzero(wrong), "belongs into the other split")
+        if self._twins is not None:
+            twins = np.flatnonzero(self._twins.contains(batch.keys))
+            self._note(batch, twins, "is in the held-out split, too")
+
+    def _held_out_twins(self) -> KeySet | None:
+        """Return the held-out keys in a train shard's range, where they do not follow from keys."""
+        outline, count = self._outline, self._outline.placement.holdout_shards
+        if self._held_out or count == 0 or outline.split_length is None:
+            return None
+        train = outline.placement.shards
+        first = self._number * count // train
+        last = ((self._number + 1) * count - 1) // train
+        keys = [np.empty((0, KEY_BYTES), np.uint8)]
+        for about in outline.shards[train + first : train + last + 1]:
+            keys += _keys_of(outline.directory / about["name"])
+        return KeySet.of(np.concatenate(keys))
 
     def _check_order(self, batch: Records) -> None:
         keys = batch.keys
@@ -239,6 +282,16 @@ class _ShardCheck:
             others = f" (and {more:,} more in the same batch)" if more else ""
             name = batch.id_column[row].as_py()
             self.problems.append(f"record {self.records + row:,} ({name}) {what}{others}")
+
+
+def _keys_of(path: Path) -> list[np.ndarray]:
+    """Return the keys of a shard, or none if it is damaged, which its own check tells."""
+    try:
+        reader = open_arrow(path)
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+        return [as_records(batch).keys for batch in batches]
+    except (OSError, pa.ArrowException, ValueError, IndexError):
+        return []
 
 
 def _content(records: Records, row: int) -> tuple[bytes, str]:

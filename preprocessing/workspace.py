@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,13 @@ from typing import Any
 import pyarrow as pa
 
 from preprocessing.errors import InputError, as_typed
-from preprocessing.files import hash_file, read_checked, sync, write_checked, write_whole
+from preprocessing.files import sync, write_whole
 from preprocessing.records import MANIFEST, RUN, WORK, canonical_json, read_manifest
-from preprocessing.shards import Shard, build_shard
+from preprocessing.shards import Compression, Shard, build_shard
 from preprocessing.spill import Run, RunReader, usable_runs
 
 _PLAN = "plan.json"
 _LOCK = "lock"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Workspace:
@@ -69,7 +66,7 @@ class Workspace:
             return True
         path = self.work / _PLAN
         if path.exists():
-            started = self._read_plan()
+            started = json.loads(path.read_bytes())
             if started != plan:
                 raise InputError(
                     f"{self.output}: holds unfinished work for other inputs or options "
@@ -77,45 +74,44 @@ class Workspace:
                     f"directory, or delete this one"
                 )
         else:
-            with self.writing():
-                write_checked(path, plan)
-                sync(self.output)
+            write_whole(path, canonical_json(plan))
+            sync(self.output)
         return False
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turn an error for lack of room into a sentence for the user."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            raise InputError(
-                f"{error.filename or self.output}: {os.strerror(error.errno)} "
-                f"({socket.gethostname()}): make room and run the same command again, it goes on "
-                "where it stopped"
-            ) from error
 
     def usable_runs(self) -> list[Run]:
         """Return the runs that an earlier attempt left; remove what is left of units cut short."""
         return usable_runs(self.work)
 
     def finished_shard(self, name: str) -> Shard | None:
-        """Return what is known of a shard, if it was finished and is still what it was."""
+        """Return what is known of a shard, if it was finished."""
         try:
-            shard = Shard(**read_checked(self._shard_note(name)))
-            found = hash_file(self.output / name)
+            shard = Shard(**json.loads(self._shard_note(name).read_bytes()))
+            size = (self.output / name).stat().st_size
         except (OSError, ValueError, TypeError):
             return None
-        return shard if found == (shard.bytes, shard.xxh3_128) else None
+        return shard if size == shard.bytes else None
 
     def build_shard(
-        self, name: str, segments: Sequence[pa.RecordBatch], *, dedup: bool, memory: int
+        self,
+        name: str,
+        segments: Sequence[pa.RecordBatch],
+        *,
+        dedup: bool,
+        marks: bool,
+        compression: Compression,
+        memory: int,
     ) -> Shard:
         """Make a shard and take note of it."""
-        temporary = self.work / f"{name}.tmp"
-        shard = build_shard(self.output / name, temporary, segments, dedup=dedup, memory=memory)
-        write_checked(self._shard_note(name), asdict(shard))
+        shard = build_shard(
+            self.output / name,
+            self.work / f"{name}.tmp",
+            segments,
+            dedup=dedup,
+            marks=marks,
+            compression=compression,
+            memory=memory,
+        )
+        write_whole(self._shard_note(name), canonical_json(asdict(shard)))
         return shard
 
     def open_runs(self, runs: Sequence[Run]) -> list[RunReader]:
@@ -124,9 +120,8 @@ class Workspace:
 
     def finish(self, manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         """Write what makes the record set a finished one; return the manifest as it now reads."""
-        with self.writing():
-            write_whole(self.output / RUN, canonical_json(run))
-            write_whole(self.output / MANIFEST, canonical_json(manifest))
+        write_whole(self.output / RUN, canonical_json(run))
+        write_whole(self.output / MANIFEST, canonical_json(manifest))
         shutil.rmtree(self.work, ignore_errors=True)
         return read_manifest(self.output)[0]
 
@@ -139,16 +134,6 @@ class Workspace:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-    def _read_plan(self) -> Any:
-        path = self.work / _PLAN
-        try:
-            return read_checked(path)
-        except ValueError as error:
-            raise InputError(
-                f"{path}: damaged, so nothing is known of the work in {self.output}: delete this "
-                "directory and run the command again"
-            ) from error
 
     def _shard_note(self, name: str) -> Path:
         return self.work / Path(name).with_suffix(".json").name
@@ -192,6 +177,8 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Name one thing in which two plans differ."""
     for name in sorted(old["options"].keys() | new["options"].keys()):
         before, after = old["options"].get(name), new["options"].get(name)
+        if before != after and isinstance(after, (list, dict)):
+            return f"{as_typed(name)} named other files then, or their content has changed"
         if before != after:
             return f"{as_typed(name)} was {before}, is now {after}"
     before, after = ({entry["path"]: entry for entry in plan["inputs"]} for plan in (old, new))

@@ -77,11 +77,29 @@ def preprocess(
     ] = None,
     holdout: Annotated[float, typer.Option(help="Share of sequences held out.")] = 0.0,
     min_length: Annotated[int, typer.Option(help="Drop shorter proteins.")] = 1,
-    max_length: Annotated[int | None, typer.Option(help="Drop longer proteins.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Proteins longer than this are long: see --long.")
+    ] = None,
+    long: Annotated[
+        str, typer.Option(help="What happens to long proteins: drop, split (windows) or keep.")
+    ] = "drop",
+    overlap: Annotated[
+        int, typer.Option(help="Residues that windows of a split protein share.")
+    ] = 0,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Leave out what this file names: a table of 'prothpc filter', a FASTA, or one id "
+            "a line. May be repeated."
+        ),
+    ] = None,
     on_invalid: Annotated[
         str, typer.Option(help="What a character that is no residue does: error, mask or drop.")
     ] = "error",
     dedup: Annotated[bool, typer.Option(help="Keep one of several equal sequences.")] = True,
+    compression: Annotated[
+        str, typer.Option(help="Of the shards: none (read in place), lz4 or zstd (smallest).")
+    ] = "none",
     memory: Annotated[str, typer.Option(help="Memory per rank for collected records.")] = "1GiB",
 ) -> None:
     """Turn FASTA into sharded Arrow records: validated, de-duplicated, shuffled, checksummed.
@@ -100,8 +118,12 @@ def preprocess(
         holdout=holdout,
         min_length=min_length,
         max_length=max_length,
+        long=long,  # type: ignore[arg-type]  # it checks the choice
+        overlap=overlap,
+        exclude=tuple(exclude or ()),
         on_invalid=on_invalid,  # type: ignore[arg-type]  # it checks the choice
         dedup=dedup,
+        compression=compression,  # type: ignore[arg-type]  # it checks the choice
         memory=parse_size(memory),
     )
     ranks = connect(world_from_environment().size)

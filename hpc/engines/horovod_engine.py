@@ -17,8 +17,11 @@ from hpc.engines.replicas import fixed_groups
 from hpc.world import World
 from preprocessing.errors import InputError
 
-GROUP_BYTES = 32 * 2**20
-"""Gradients reduced together: large enough for bandwidth, small enough to overlap backward."""
+MAX_GROUP_BYTES = 32 * 2**20
+"""Gradients reduced together: more do not gain bandwidth."""
+
+MIN_GROUPS = 8
+"""A small model's gradients, too, are summed while the rest of the backward pass goes on."""
 
 
 class HorovodCommunication:
@@ -58,7 +61,9 @@ class HorovodCommunication:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """See `Communication.wrap`: the module stays; hooks on its parameters start the sums."""
-        self._groups = fixed_groups(module.parameters(), GROUP_BYTES)
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+        limit = min(MAX_GROUP_BYTES, size // MIN_GROUPS + 1)
+        self._groups = fixed_groups(module.parameters(), limit)
         for number, group in enumerate(self._groups):
             for parameter in group:
                 parameter.register_post_accumulate_grad_hook(self._hook(number))

@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from hpc.config import DataConfig, Recipe
 from hpc.data import Batcher, MicroBatch, StreamLoader, check_vocabulary, open_streams
+from preprocessing.columns import map_file
 from preprocessing.errors import InputError
 from preprocessing.records import RecordSet
 from preprocessing.vocabulary import PROTTRANS_BERT
@@ -46,7 +48,7 @@ def records(recipe: Recipe) -> RecordSet:
 
 def test_tokens_are_the_residues_between_cls_and_sep(records: RecordSet) -> None:
     batcher = Batcher(records, PROTTRANS_BERT, DataConfig(records="", length=2000), seed=0)
-    batch = batcher.batch(0, np.array([3, 1, 4]), np.zeros(3, np.int64))
+    batch = batcher.pad(0, batcher.read(np.array([3, 1, 4]), np.zeros(3, np.int64)))
     assert batch.tokens.shape[1] % 8 == 0
     for row, length, number in zip(batch.tokens, batch.lengths, [3, 1, 4], strict=True):
         letters = [PROTTRANS_BERT.tokens[token] for token in row[:length]]
@@ -64,7 +66,8 @@ def test_long_proteins_are_cropped_as_the_recipe_says(records: RecordSet) -> Non
     cropped = {}
     for long in ("crop-start", "crop-random"):
         config = DataConfig(records="", length=52, long=long)  # type: ignore[arg-type]
-        batch = Batcher(records, PROTTRANS_BERT, config, seed=0).batch(0, numbers, epochs)
+        batcher = Batcher(records, PROTTRANS_BERT, config, seed=0)
+        batch = batcher.pad(0, batcher.read(numbers, epochs))
         assert set(batch.lengths.tolist()) == {52}
         cropped[long] = {
             "".join(PROTTRANS_BERT.tokens[token] for token in row[1:51]) for row in batch.tokens
@@ -119,6 +122,30 @@ def test_a_broken_shard_reaches_the_training_thread_as_an_input_error(recipe: Re
     one._streams[0]._batcher._records._shards = ["no-such-shard.arrow"] * 4
     with pytest.raises(InputError, match=r"no-such-shard\.arrow: the shard is missing"):
         one.next_step()
+
+
+def test_a_rank_reads_only_the_shards_of_its_own_streams(
+    recipe: Recipe, records: RecordSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 shards by key range, 4 streams by record: a stream lies in its shard and a neighbour."""
+    opened: set[str] = set()
+
+    def map_noting(path: Path) -> pa.Buffer:
+        opened.add(path.name)
+        return map_file(path)
+
+    monkeypatch.setattr("preprocessing.records.map_file", map_noting)
+    starts = np.cumsum([0] + [s["records"] for s in records.manifest["splits"]["train"]["shards"]])
+    for rank in range(4):
+        opened.clear()
+        one = loader(recipe, rank, 4)
+        for _ in range(15):  # more than an epoch
+            one.next_step()
+        one.close()
+        first, last = rank * len(records) // 4, (rank + 1) * len(records) // 4 - 1
+        shards = np.searchsorted(starts, [first, last], "right") - 1
+        assert opened == {f"shard-{n:05d}.arrow" for n in range(shards[0], shards[1] + 1)}
+        assert len(opened) < 4
 
 
 def test_closing_ends_the_reading_thread(recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from record_sets import sequences
 from preprocessing.errors import InputError
 from preprocessing.generate import generate
 from preprocessing.options import PreprocessOptions
+from preprocessing.verify import verify
 
 
 class TestOptions:
@@ -28,6 +29,12 @@ class TestOptions:
         assert totals["not_kept"]["too_long"] == {"records": 2, "residues": 8}
         assert totals["not_kept"]["duplicate"] == {"records": 0, "residues": 0}
 
+    def test_long_records_are_kept_and_counted(self, tmp_path: Path) -> None:
+        found, totals = self.make(tmp_path, ">a\nMK\n>b\nMKV\n", max_length=2, long="keep")
+        assert found == {"MK": "a", "MKV": "b"}
+        assert totals["longer_than_max_length"] == {"records": 1, "residues": 3}
+        assert totals["not_kept"]["too_long"] == {"records": 0, "residues": 0}
+
     def test_drop(self, tmp_path: Path) -> None:
         found, totals = self.make(tmp_path, ">a\nM-K\n>b\nMKV\n>c\n", on_invalid="drop")
         assert found == {"MKV": "b"}
@@ -44,6 +51,21 @@ class TestOptions:
         _, totals = self.make(tmp_path, ">a\nMK\n>b\nMK\n>a\nMK\n", dedup=False)
         assert totals["kept"] == {"records": 3, "residues": 6}
 
+    @pytest.mark.parametrize("compression", ["lz4", "zstd"])
+    def test_compressed_shards_hold_the_same(
+        self, tmp_path: Path, real_fasta: Path, compression: Any
+    ) -> None:
+        kinds = {"plain": PreprocessOptions(), "small": PreprocessOptions(compression=compression)}
+        for name, options in kinds.items():
+            generate([real_fasta], tmp_path / name, options)
+        plain, small = (verify(tmp_path / name) for name in kinds)
+        assert (small.records, small.residues) == (plain.records, plain.residues)
+        assert small.bytes < plain.bytes
+        assert sequences(tmp_path / "small") == sequences(tmp_path / "plain")
+        if compression == "zstd":
+            # The residues themselves take 4.2 bits, their entropy; keys and ids are in it, too.
+            assert 8 * small.bytes / small.residues < 4.8
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -53,7 +75,14 @@ class TestOptions:
             ({"holdout": -0.1}, r"--holdout -0.1"),
             ({"min_length": 0}, r"--min-length 0"),
             ({"min_length": 9, "max_length": 8}, r"--max-length 8 is below --min-length 9"),
+            ({"long": "cut"}, r"--long cut: choose one of keep, drop, split"),
+            ({"long": "split"}, r"--long split needs --max-length"),
+            ({"long": "keep"}, r"--long keep needs --max-length"),
+            ({"max_length": 9, "overlap": 2}, r"--overlap 2 needs --long split"),
+            ({"max_length": 9, "long": "split", "overlap": 5}, r"--overlap 5: choose 0 to 4, half"),
+            ({"max_length": 9, "long": "split", "overlap": -1}, r"--overlap -1"),
             ({"on_invalid": "skip"}, r"--on-invalid skip: choose one of error, mask, drop"),
+            ({"compression": "gzip"}, r"--compression gzip: choose one of none, lz4, zstd"),
             ({"memory": 1000}, r"--memory 1000: choose"),
         ],
     )

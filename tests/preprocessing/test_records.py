@@ -1,10 +1,15 @@
 """Records are found by number and by key, across batches and shards."""
 
+import gc
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import xxhash
 
@@ -12,7 +17,7 @@ from preprocessing import shards
 from preprocessing.errors import InputError
 from preprocessing.generate import generate
 from preprocessing.options import PreprocessOptions
-from preprocessing.records import RecordSet
+from preprocessing.records import RecordSet, canonical_json
 
 SEQUENCES = [
     f"M{'KVAD'[n % 4] * (n % 7 + 1)}{'ACDEFGHIKL'[n // 10 % 10]}{'W' * n}" for n in range(60)
@@ -32,6 +37,29 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "set"
 
 
+def recompress(directory: Path, target: Path, compression: str) -> Path:
+    """Copy a record set, its shards' bodies compressed."""
+    shutil.copytree(directory, target)
+    manifest = json.loads((target / "manifest.json").read_bytes())
+    for about in (about for split in manifest["splits"].values() for about in split["shards"]):
+        path = target / about["name"]
+        table = pa.ipc.open_file(path.read_bytes())
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        with pa.ipc.new_file(path, table.schema, options=options) as writer:
+            for number in range(table.num_record_batches):
+                writer.write_batch(table.get_batch(number))
+        about["bytes"] = path.stat().st_size
+    (target / "manifest.json").write_bytes(canonical_json(manifest))
+    return target
+
+
+@pytest.fixture(scope="module", params=["none", "lz4", "zstd"])
+def any_directory(request: pytest.FixtureRequest, directory: Path) -> Path:
+    if request.param == "none":
+        return directory
+    return recompress(directory, directory.parent / request.param, request.param)
+
+
 def all_records(records: RecordSet) -> list[tuple[bytes, str, str]]:
     return [tuple(records.record(number)) for number in range(len(records))]
 
@@ -49,8 +77,8 @@ def test_splits_hold_every_record_once_in_order_of_keys(directory: Path) -> None
         assert len(records) > 10
 
 
-def test_any_range_is_the_same_as_its_records_one_by_one(directory: Path) -> None:
-    records = RecordSet(directory)
+def test_any_range_is_the_same_as_its_records_one_by_one(any_directory: Path) -> None:
+    records = RecordSet(any_directory)
     expected = all_records(records)
     for start in range(len(records) + 1):
         for stop in range(start, len(records) + 1):
@@ -76,8 +104,108 @@ def test_range_in_a_batch_is_a_view_of_the_file(directory: Path) -> None:
         assert not array.flags.writeable
 
 
-def test_every_key_is_found_and_no_other(directory: Path) -> None:
-    train, held = RecordSet(directory), RecordSet(directory, "holdout")
+def test_picked_records_are_those_asked_for_in_that_order(any_directory: Path) -> None:
+    expected = all_records(RecordSet(any_directory))
+    records = RecordSet(any_directory)
+    for seed in range(20):
+        numbers = np.random.default_rng(seed).integers(0, len(records), 3 * seed)
+        picked = records.pick(numbers)
+        assert len(picked) == len(numbers)
+        assert [key.tobytes() for key in picked.keys] == [expected[n][0] for n in numbers]
+        assert picked.lengths.tolist() == [len(expected[n][2]) for n in numbers]
+        residues = picked.residues().tobytes().decode()
+        assert residues == "".join(expected[n][2] for n in numbers)
+
+
+def test_parts_of_picked_records(directory: Path) -> None:
+    records = RecordSet(directory)
+    picked = records.pick(np.array([3, 0, 3]))
+    first, count = np.array([1, 2, 0]), np.array([2, 0, 3])
+    texts = [records.record(n).sequence for n in (3, 3)]
+    residues = picked.residues(first, count).tobytes().decode()
+    assert residues == texts[0][1:3] + texts[1][:3]
+    for wrong in (picked.lengths + 1, np.array([-1, 0, 0])):
+        with pytest.raises(IndexError, match="beyond the ends"):
+            picked.residues(0, wrong)
+    with pytest.raises(IndexError, match="beyond the ends"):
+        picked.residues(np.array([-1, 0, 0]), count)
+
+
+@pytest.mark.parametrize("number", [-1, 10**6])
+def test_picking_outside_is_an_index_error(directory: Path, number: int) -> None:
+    with pytest.raises(IndexError):
+        RecordSet(directory).pick(np.array([0, number]))
+
+
+def test_picked_records_outlive_the_set_and_its_cache(
+    any_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preprocessing.records.CACHED_BYTES", 1)
+    monkeypatch.setattr("preprocessing.records._CACHED_BATCHES", 1)
+    records = RecordSet(any_directory)
+    numbers = np.arange(len(records))[::-1]
+    expected = "".join(records.record(n).sequence for n in numbers.tolist())
+    picked = records.pick(numbers)
+    assert len(records._recent) == 1
+    for number in range(len(records)):  # what was picked is forgotten meanwhile
+        records.pick(np.array([number]))
+    del records
+    gc.collect()
+    assert picked.residues().tobytes().decode() == expected
+
+
+def test_offsets_that_leave_the_shard_are_refused(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "set")
+    records = RecordSet(tmp_path / "set")
+    offsets = records.read(0, 2).offsets
+    path = tmp_path / "set" / "shard-00000.arrow"
+    content = path.read_bytes()
+    wrong = np.array([*offsets[:-1], 2**30], np.int32)
+    assert content.count(offsets.tobytes()) == 1
+    path.write_bytes(content.replace(offsets.tobytes(), wrong.tobytes()))
+    with pytest.raises(InputError, match=r"shard-00000\.arrow: some records lie outside of it"):
+        RecordSet(tmp_path / "set").pick(np.arange(3))
+
+
+def test_opening_6000_shards_reads_the_manifest_only(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "set")
+    manifest = json.loads((directory / "manifest.json").read_bytes())
+    shards = manifest["splits"]["train"]["shards"]
+    last = shards[-1] | {"name": "shard-05999.arrow"}
+    (tmp_path / "set" / shards[-1]["name"]).rename(tmp_path / "set" / last["name"])
+    empty = shards[0] | {"records": 0, "residues": 0, "first_key": None}
+    names = (f"shard-{n:05d}.arrow" for n in range(len(shards) - 1, 5999))
+    manifest["splits"]["train"]["shards"] = [
+        *shards[:-1], *(empty | {"name": name} for name in names), last
+    ]  # fmt: skip
+    (tmp_path / "set" / "manifest.json").write_bytes(canonical_json(manifest))
+    counting = f"""
+import sys
+from pathlib import Path
+import pyarrow
+from preprocessing.records import RecordSet, canonical_json
+
+opened = []
+sys.addaudithook(lambda event, arguments: event == "open" and opened.append(str(arguments[0])))
+records = RecordSet(Path({str(tmp_path / "set")!r}))
+print([Path(name).name for name in opened], len(records._shards))
+mapped = lambda: [line.split()[-1] for line in open("/proc/self/maps") if ".arrow" in line]
+print(mapped())
+records.record(len(records) - 1)
+print([Path(name).name for name in mapped()])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", counting], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "['manifest.json'] 6000",
+        "[]",
+        "['shard-05999.arrow']",
+    ]
+
+
+def test_every_key_is_found_and_no_other(any_directory: Path) -> None:
+    train, held = RecordSet(any_directory), RecordSet(any_directory, "holdout")
     for records, other in ((train, held), (held, train)):
         for number, (key, _, _) in enumerate(all_records(records)):
             assert records.find(key) == number

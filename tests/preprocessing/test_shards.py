@@ -35,7 +35,9 @@ def build(
 ) -> tuple[Shard, bytes]:
     path = directory / "shard-00000.arrow"
     batches = [segment(rows) for rows in segments]
-    shard = build_shard(path, directory / "tmp", batches, dedup=dedup, memory=memory)
+    shard = build_shard(
+        path, directory / "tmp", batches, dedup=dedup, marks=True, compression="none", memory=memory
+    )
     return shard, path.read_bytes()
 
 
@@ -56,8 +58,7 @@ def some_rows(count: int) -> list[Row]:
 def test_same_bytes_from_any_runs_in_any_memory(tmp_path: Path) -> None:
     rows = some_rows(2 * ROWS_PER_BATCH + 500)
     shard, whole = build(tmp_path, [rows])
-    assert 2 * ROWS_PER_BATCH < shard.records + shard.duplicate_records == len(rows)
-    assert shard.duplicate_records > 0
+    assert 2 * ROWS_PER_BATCH < shard.records + shard.left_out["duplicate.records"] == len(rows)
     assert shard.xxh3_128 == xxhash.xxh3_128_hexdigest(whole)
     assert shard.bytes == len(whole)
     for segments, memory in [
@@ -93,14 +94,14 @@ def test_smallest_id_survives(tmp_path: Path, memory: int) -> None:
     rows = [(key * 16, name, "MK") for key in (b"a", b"\xff") for name in ("b", "a10", "a9", "é")]
     shard, _ = build(tmp_path, [rows[:3], rows[3:]], memory=memory)
     assert read(tmp_path / shard.name) == [(b"a" * 16, "a10", "MK"), (b"\xff" * 16, "a10", "MK")]
-    assert (shard.duplicate_records, shard.duplicate_residues) == (6, 12)
+    assert (shard.left_out["duplicate.records"], shard.left_out["duplicate.residues"]) == (6, 12)
 
 
 def test_all_stay_without_dedup(tmp_path: Path) -> None:
     rows = [(b"k" * 16, name, "MK") for name in ("b", "a", "b")]
     shard, _ = build(tmp_path, [rows], dedup=False)
     assert [name for _, name, _ in read(tmp_path / shard.name)] == ["a", "b", "b"]
-    assert shard.duplicate_records == 0
+    assert "duplicate.records" not in shard.left_out
 
 
 def test_different_residues_under_one_key_all_stay(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_different_residues_under_one_key_all_stay(tmp_path: Path) -> None:
     assert read(tmp_path / shard.name) == [
         (key, "d", "AA"), (key, "e", "M"), (key, "c", "MK"), (key, "a", "WW"),
     ]  # fmt: skip
-    assert shard.duplicate_records == 1
+    assert shard.left_out["duplicate.records"] == 1
     assert build(tmp_path, [rows[3:], rows[:3]])[1] == whole
 
 
@@ -122,12 +123,14 @@ def test_keys_that_differ_late_are_in_order(tmp_path: Path) -> None:
 
 
 def test_shard_borders_within_a_half_key_are_kept() -> None:
-    border = 2**128 // 3
+    border, placement = 2**128 // 3, Placement(3, 0.0)
     numbers = [border + 1, border - 5, border, border + 7, 0]
     text = b"".join(number.to_bytes(16, "big") for number in numbers)
     keys = np.frombuffer(text, np.uint8).reshape(-1, 16)
     for permutation in ([0, 1, 2, 3, 4], [3, 2, 1, 0, 4], [4, 1, 3, 0, 2]):
-        rows, bounds = sort_into_shards(keys[permutation], Placement(3, 0.0))
+        rows, bounds = sort_into_shards(
+            keys[permutation], placement.shard_of(keys[permutation]), placement
+        )
         shards = [
             {numbers[permutation[row]] for row in rows[start:stop]}
             for start, stop in pairwise(bounds)

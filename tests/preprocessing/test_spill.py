@@ -24,12 +24,14 @@ def write_runs(directory: Path) -> list[str]:
     for unit, rows in UNIT_ROWS.items():
         for start in range(0, rows, 7):
             texts = [f"MKV{unit}{row}".encode() for row in range(start, min(start + 7, rows))]
-            keys = b"".join(xxhash.xxh3_128_digest(text) for text in texts)
+            digests = b"".join(xxhash.xxh3_128_digest(text) for text in texts)
+            keys = np.frombuffer(digests, np.uint8).reshape(-1, 16)
             spiller.add(
                 unit,
-                np.frombuffer(keys, np.uint8).reshape(-1, 16),
+                keys,
                 pa.array([b"unit%d" % unit] * len(texts), pa.binary()),
                 pa.array(texts, pa.binary()),
+                PLACEMENT.shard_of(keys),
             )
         spiller.end_unit(UnitResult(unit=unit, counts=Counter(rows=rows), block_hashes=["ab"]))
     spiller.flush()
@@ -89,4 +91,4 @@ def test_records_larger_than_the_budget_are_refused(tmp_path: Path) -> None:
     spiller = Spiller(tmp_path, PLACEMENT, MEMORY)
     text = pa.array([b"M" * MEMORY], pa.binary())
     with pytest.raises(InputError, match="raise --memory"):
-        spiller.add(0, np.zeros((1, 16), np.uint8), text, text)
+        spiller.add(0, np.zeros((1, 16), np.uint8), text, text, np.zeros(1, np.int64))
