@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from preprocessing.addresses import gather_at, read_at
@@ -286,6 +287,36 @@ class RecordSet:
         found = first + bisect.bisect_left(rows, key, key=self._key_of)
         return found if found < last and self._key_of(found) == key else None
 
+    @property
+    def num_shards(self) -> int:
+        """Shards of the split, empty ones included."""
+        return len(self._shards)
+
+    def numbers_in(self, shard: int) -> range:
+        """Return the numbers of a shard's records."""
+        return range(*self._starts[shard : shard + 2].tolist())
+
+    def file_of(self, number: int) -> str:
+        """Return the file in which a record lies."""
+        return self._shards[self._shard_at(number)]
+
+    def find_id(self, name: str, shard: int) -> list[int]:
+        """Return the numbers of the records with an id in one shard.
+
+        Ids are in no order, so all are compared; nothing else is read.
+
+        Raises:
+            InputError: if the shard is missing or damaged.
+        """
+        numbers = self.numbers_in(shard)
+        if not numbers:
+            return []
+        try:
+            ids = self._shard(shard).ids()
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(shard, f"cannot be read ({error})") from error
+        return [numbers[row] for row in pc.indices_nonzero(pc.equal(ids, name)).to_pylist()]
+
     def check_files(self) -> None:
         """See that all shards are there and as long as they should be.
 
@@ -374,6 +405,12 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         self._content = map_file(path)
         self._reader = pa.ipc.open_file(pa.BufferReader(self._content))
+
+    def ids(self) -> pa.ChunkedArray:
+        """Read the ids alone."""
+        column = [SCHEMA.get_field_index("id")]
+        options = pa.ipc.IpcReadOptions(included_fields=column)
+        return pa.ipc.open_file(pa.BufferReader(self._content), options=options).read_all()[0]
 
     def batch(self, number: int) -> _Batch:
         content = self._reader.get_batch(number)

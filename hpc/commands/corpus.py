@@ -1,4 +1,4 @@
-"""`prothpc synthesize`, `preprocess` and `verify`: from FASTA to records."""
+"""`prothpc synthesize`, `preprocess`, `verify` and `inspect`: from FASTA to records."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -167,3 +167,48 @@ def verify(
             f"{directory}: in order: {report.shards:,} shards, {report.records:,} records, "
             f"{report.residues:,} residues, {report.bytes:,} bytes"
         )
+
+
+@app.command(
+    epilog=example(
+        "prothpc inspect records --plot records.png",
+        "prothpc inspect records --id UniRef50_P69905",
+        "mpirun -n 8 prothpc inspect records --sample 0 --json",
+    )
+)
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Directory of a record set.")],
+    id: Annotated[str | None, typer.Option(help="Show the records with this id.")] = None,
+    key: Annotated[str | None, typer.Option(help="Show the record with this key (hex).")] = None,
+    number: Annotated[int | None, typer.Option(help="Show a record by its place, from 0.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train or holdout [default: both; for --number train].")
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(help="Records that the histograms are made of; 0: all.")
+    ] = 1_000_000,
+    plot: Annotated[Path | None, typer.Option(help="Draw the histograms to this PNG.")] = None,
+    json: Annotated[bool, typer.Option(help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what a record set holds and how it was made, or single records of it.
+
+    Totals come from the manifest. Lengths and amino acids are counted in a random sample, or in
+    all records with --sample 0. A record is found by key or number at once; by id all ids are
+    read. Several ranks share the reading.
+    """
+    from hpc.launch import world_from_environment
+    from preprocessing.inspect_view import show, show_records
+    from preprocessing.parallel import connect
+
+    wanted = [value for value in (id, key, number) if value is not None]
+    if len(wanted) > 1:
+        raise InputError("give one of --id, --key and --number")
+    if wanted and plot is not None:
+        raise InputError("--plot draws the histograms: leave it out to see single records")
+    if sample < 0:
+        raise InputError(f"--sample {sample}: give a number of records, or 0 for all")
+    ranks = connect(world_from_environment().size)
+    if wanted:
+        show_records(directory, ranks, split=split, id=id, key=key, number=number, as_json=json)
+    else:
+        show(directory, ranks, split=split, sample=sample, plot=plot, as_json=json)
