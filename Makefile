@@ -16,10 +16,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A cluster's own MPI knows its network and its scheduler: the Open MPI wheel would hide it.
 MPI := $(if $(shell command -v mpirun || command -v mpiexec),,mpi)
 
-.PHONY: help install demo test test-matrix test-gpu deepspeed horovod lint format clean
+.PHONY: help install demo test test-matrix test-gpu test-transfoxl deepspeed horovod lint format clean
 
 help: ## what you are reading
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "make install PYTHON=python3.12        another interpreter than python3"
 	@echo "make install TORCH_INDEX=URL          another package index for torch; without CUDA:"
@@ -42,6 +42,9 @@ test-matrix: $(VENV)/.test deepspeed horovod ## engines, precisions, optimisers 
 
 test-gpu: $(VENV)/.test ## the tests that need a GPU, where there is one
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-transfoxl: build/transfoxl/.install ## Transformer-XL beside transformers 4.37.2, the last that runs it
+	PYTHONPATH=. build/transfoxl/bin/python tests/models/transfoxl_reference.py $(or $(ARGS),check)
 
 deepspeed: $(VENV)/.deepspeed ## add DeepSpeed to .venv
 
@@ -73,6 +76,14 @@ $(VENV)/.install: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test $(VENV)/.dev $(VENV)/.deepspeed: $(VENV)/.%: $(VENV)/.install
 	$(PIP) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# An environment of its own, on top of .venv's torch: its older packages hide those of .venv.
+build/transfoxl/.install: $(VENV)/.install
+	$(BIN)/python -m venv build/transfoxl
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > "$$(build/transfoxl/bin/python -c \
+	  'import site; print(site.getsitepackages()[0])')/beneath.pth"
+	build/transfoxl/bin/python -m pip install $(if $(CI),--quiet) transformers==4.37.2
 	@touch $@
 
 $(BIN)/python:

@@ -16,7 +16,7 @@ from hpc.checkpoint import (
 )
 from hpc.config import PHASE_KEYS, Recipe, as_dict
 from hpc.engines import Engine, Moments
-from models.convert import from_hugging_face
+from models.convert import ModelConfig, from_hugging_face
 from preprocessing.errors import InputError
 
 T = TypeVar("T")
@@ -33,7 +33,13 @@ ORDER_KEYS = (
 )
 """What decides which samples a step sees; a resumed run keeps it."""
 
-_FREE_MODEL_KEYS = {"dropout", "attention_dropout", "initializer_std"}
+_FREE_MODEL_KEYS = {
+    "dropout",
+    "attention_dropout",
+    "initializer_std",
+    "memory_length",
+    "initial_memory",
+}
 """Model settings that say nothing about what a weight means."""
 
 
@@ -63,7 +69,7 @@ def start(
         return None, 0
     checkpoint = read_checkpoint(path)
     state = checkpoint.state
-    refuse_other_model(path, state["model"], model_facts(recipe))
+    refuse_other_model(path, state["model"], model_facts(recipe.model))
     if state["records"] != records:
         raise InputError(
             f"{path} was trained on another record set than data.records = "
@@ -76,11 +82,10 @@ def start(
     return state, state["optimizer_steps"]
 
 
-def model_facts(recipe: Recipe) -> dict[str, Any]:
+def model_facts(model: ModelConfig) -> dict[str, Any]:
     """Return what a checkpoint and a recipe of the same model have in common."""
-    settings = dataclasses.asdict(recipe.model)
-    kept = {key: value for key, value in settings.items() if key not in _FREE_MODEL_KEYS}
-    return {"architecture": "bert", **kept}
+    settings = dataclasses.asdict(model)
+    return {key: value for key, value in settings.items() if key not in _FREE_MODEL_KEYS}
 
 
 def refuse_other_model(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -136,7 +141,7 @@ def _load_foreign(recipe: Recipe, engine: Engine, path: Path, report: Callable[[
     if (path / INDEX).is_file() or checkpoints_of(path).is_dir():
         path = find_checkpoint(path, report)
         checkpoint = read_checkpoint(path)
-        refuse_other_model(path, checkpoint.state["model"], model_facts(recipe))
+        refuse_other_model(path, checkpoint.state["model"], model_facts(recipe.model))
         weights = checkpoint.weights
         if recipe.train.init_optimizer:
             moments, steps = checkpoint.moments, checkpoint.state["optimizer_steps"]
@@ -150,8 +155,7 @@ def _load_foreign(recipe: Recipe, engine: Engine, path: Path, report: Callable[[
             config, weights = from_hugging_face(path)
         except ValueError as error:
             raise InputError(f"train.init_from: {error}") from error
-        other = dataclasses.replace(recipe, model=config)
-        refuse_other_model(path, model_facts(other), model_facts(recipe))
+        refuse_other_model(path, model_facts(config), model_facts(recipe.model))
     engine.load(weights, moments, steps)
     taken = f"weights and the moments of {steps} updates" if moments else "weights"
     report(f"starting from the {taken} in {path}")

@@ -91,7 +91,7 @@ def train(recipe: Recipe, *, resume_from: str = "auto") -> int:
         optimizer_steps=optimizer_steps,
         monitor=monitor,
         writer=CheckpointWriter(Path(recipe.train.run_dir), recipe.checkpoint.keep),
-        facts={"model": resume.model_facts(recipe), "records": records.fingerprint},
+        facts={"model": resume.model_facts(recipe.model), "records": records.fingerprint},
     )
     if state:
         trainer.load_state_dict(state)

@@ -9,6 +9,7 @@ Shape suffixes: B batch, L length, D hidden size, H heads, K head width, V vocab
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ class BertConfig:
         ValueError: if a value is out of range or two of them do not fit each other.
     """
 
+    name: Literal["bert"] = "bert"
+    """Architecture."""
     vocab_size: int = 30
     """Number of token ids."""
     hidden_size: int = 1024

@@ -329,7 +329,7 @@ def test_failed_export_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("models.convert.save_file", full)
+    monkeypatch.setattr("models.convert.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export(random_model(), tmp_path / "out")
     assert not any(tmp_path.iterdir())
