@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -32,6 +33,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_checked(path: Path, value: Any) -> None:
+    """Write JSON in a way that `read_checked` notices any change of it."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    write_whole(path, f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}\n".encode())
+
+
+def read_checked(path: Path) -> Any:
+    """Read what `write_checked` wrote.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not what was written.
+    """
+    digest, _, text = path.read_bytes().partition(b"\n")
+    if xxhash.xxh3_128_hexdigest(text[:-1]).encode() != digest or not text.endswith(b"\n"):
+        raise ValueError("its bytes do not have the hash that was written with them")
+    return json.loads(text)
 
 
 def hash_file(path: Path) -> tuple[int, str]:

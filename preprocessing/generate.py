@@ -172,10 +172,11 @@ class _Job:
             spiller = Spiller(self._workspace.work, self._placement, self._options.memory)
             selection = self._selection()
             progress = Progress(self._ranks.rank == 0, "map", "units", len(missing))
-            for task in tasks:
-                self._map_unit(missing[task], selection, spiller, progress)
-                progress.handed_out(task + 1)
-            spiller.flush()
+            with self._workspace.writing():
+                for task in tasks:
+                    self._map_unit(missing[task], selection, spiller, progress)
+                    progress.handed_out(task + 1)
+                spiller.flush()
             return spiller.runs
 
         for written in share_out(self._ranks, len(missing), work):
@@ -185,33 +186,32 @@ class _Job:
     def reduce(self, runs: Sequence[Run]) -> list[Shard]:
         """Let every shard be built; return them in order, on every rank."""
         names = [self._placement.file_name(number) for number in range(len(self._placement))]
-        shards = on_first_rank(
-            self._ranks, lambda: [self._workspace.finished_shard(name) for name in names]
-        )
-        missing = [number for number, shard in enumerate(shards) if shard is None]
 
         def work(tasks: Iterator[int]) -> dict[int, Shard]:
             opened = self._workspace.open_runs(runs)
-            progress = Progress(self._ranks.rank == 0, "reduce", "shards", len(missing))
+            progress = Progress(self._ranks.rank == 0, "reduce", "shards", len(names))
             built = {}
-            for task in tasks:
-                number = missing[task]
-                built[number] = self._workspace.build_shard(
-                    names[number],
-                    [batch for run in opened for batch in run.of_shard(number)],
-                    dedup=self._options.dedup,
-                    marks=self._options.leaves_marks,
-                    compression=self._options.compression,
-                    memory=self._options.memory,
-                )
-                progress.add(built[number].records, built[number].residues)
-                progress.handed_out(task + 1)
+            for number in tasks:
+                shard = self._workspace.finished_shard(names[number])
+                if shard is None:
+                    with self._workspace.writing():
+                        shard = self._workspace.build_shard(
+                            names[number],
+                            [batch for run in opened for batch in run.of_shard(number)],
+                            dedup=self._options.dedup,
+                            marks=self._options.leaves_marks,
+                            compression=self._options.compression,
+                            memory=self._options.memory,
+                        )
+                built[number] = shard
+                progress.add(shard.records, shard.residues)
+                progress.handed_out(number + 1)
             return built
 
-        for built in share_out(self._ranks, len(missing), work):
-            for number, shard in built.items():
-                shards[number] = shard
-        return [shard for shard in shards if shard is not None]
+        shards: dict[int, Shard] = {}
+        for built in share_out(self._ranks, len(names), work):
+            shards |= built
+        return [shards[number] for number in range(len(names))]
 
     def finish(
         self, plan: dict[str, Any], runs: Sequence[Run], shards: Sequence[Shard]

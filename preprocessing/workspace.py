@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from typing import Any
 import pyarrow as pa
 
 from preprocessing.errors import InputError, as_typed
-from preprocessing.files import sync, write_whole
+from preprocessing.files import hash_file, read_checked, sync, write_checked, write_whole
 from preprocessing.records import MANIFEST, RUN, WORK, canonical_json, read_manifest
 from preprocessing.shards import Compression, Shard, build_shard
 from preprocessing.spill import Run, RunReader, usable_runs
 
 _PLAN = "plan.json"
 _LOCK = "lock"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Workspace:
@@ -66,7 +69,7 @@ class Workspace:
             return True
         path = self.work / _PLAN
         if path.exists():
-            started = json.loads(path.read_bytes())
+            started = self._read_plan()
             if started != plan:
                 raise InputError(
                     f"{self.output}: holds unfinished work for other inputs or options "
@@ -74,22 +77,37 @@ class Workspace:
                     f"directory, or delete this one"
                 )
         else:
-            write_whole(path, canonical_json(plan))
-            sync(self.output)
+            with self.writing():
+                write_checked(path, plan)
+                sync(self.output)
         return False
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn an error for lack of room into a sentence for the user."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise InputError(
+                f"{error.filename or self.output}: {os.strerror(error.errno)} "
+                f"({socket.gethostname()}): make room and run the same command again, it goes on "
+                "where it stopped"
+            ) from error
 
     def usable_runs(self) -> list[Run]:
         """Return the runs that an earlier attempt left; remove what is left of units cut short."""
         return usable_runs(self.work)
 
     def finished_shard(self, name: str) -> Shard | None:
-        """Return what is known of a shard, if it was finished."""
+        """Return what is known of a shard, if it was finished and is still what it was."""
         try:
-            shard = Shard(**json.loads(self._shard_note(name).read_bytes()))
-            size = (self.output / name).stat().st_size
+            shard = Shard(**read_checked(self._shard_note(name)))
+            found = hash_file(self.output / name)
         except (OSError, ValueError, TypeError):
             return None
-        return shard if size == shard.bytes else None
+        return shard if found == (shard.bytes, shard.xxh3_128) else None
 
     def build_shard(
         self,
@@ -111,7 +129,7 @@ class Workspace:
             compression=compression,
             memory=memory,
         )
-        write_whole(self._shard_note(name), canonical_json(asdict(shard)))
+        write_checked(self._shard_note(name), asdict(shard))
         return shard
 
     def open_runs(self, runs: Sequence[Run]) -> list[RunReader]:
@@ -120,8 +138,9 @@ class Workspace:
 
     def finish(self, manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         """Write what makes the record set a finished one; return the manifest as it now reads."""
-        write_whole(self.output / RUN, canonical_json(run))
-        write_whole(self.output / MANIFEST, canonical_json(manifest))
+        with self.writing():
+            write_whole(self.output / RUN, canonical_json(run))
+            write_whole(self.output / MANIFEST, canonical_json(manifest))
         shutil.rmtree(self.work, ignore_errors=True)
         return read_manifest(self.output)[0]
 
@@ -134,6 +153,16 @@ class Workspace:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _read_plan(self) -> Any:
+        path = self.work / _PLAN
+        try:
+            return read_checked(path)
+        except ValueError as error:
+            raise InputError(
+                f"{path}: damaged, so nothing is known of the work in {self.output}: delete this "
+                "directory and run the command again"
+            ) from error
 
     def _shard_note(self, name: str) -> Path:
         return self.work / Path(name).with_suffix(".json").name
