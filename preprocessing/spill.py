@@ -2,8 +2,9 @@
 
 A rank collects parsed records up to its memory budget, then writes them as one *run*: an Arrow
 file, sorted by shard and key, in which no record batch has rows of two shards. A run says in its
-schema which units of work it finishes. It gets its name when it is whole and on the disk, so a
-restart trusts what it finds.
+schema which units of work it finishes. It gets its name when it is whole and on the disk. What it
+says of itself and each of its batches have a checksum, so that nothing that went bad on the disk
+gets into a shard.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from preprocessing.columns import key_column, open_arrow, parts, take, to_binary
 from preprocessing.errors import InputError
@@ -152,14 +154,16 @@ class Spiller:
             "finished": [vars(result) for result in finished],
             "batches": [len(of_shard) for of_shard in starts],
         }
-        schema = pa.schema(RUN_COLUMNS, {"run": json.dumps(about)})
+        text = json.dumps(about).encode()
+        schema = pa.schema(RUN_COLUMNS, {"run": text, "checksum": xxhash.xxh3_64_hexdigest(text)})
         path = self._directory / name
         temporary = path.with_suffix(".tmp")
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for start, stop in pairwise([*chain(*starts), rows]):
+            for number, (start, stop) in enumerate(pairwise([*chain(*starts), rows])):
                 these = order[start:stop]
                 columns = [key_column(keys[these]), take(ids, these), take(residues, these)]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
+                batch = pa.record_batch(columns, schema=schema)
+                writer.write_batch(batch, {"checksum": _checksum(number, batch)})
         publish(temporary, path)
         self.runs.append(run)
         left = self._rows - rows
@@ -170,18 +174,46 @@ class Spiller:
         self._rows = left
 
 
+def _checksum(number: int, batch: pa.RecordBatch) -> str:
+    """Return the xxh3-64 (hex) of a run's batch and its place."""
+    hasher = xxhash.xxh3_64(f"{number} {batch.num_rows}".encode())
+    for column in batch.columns:
+        for buffer in column.buffers()[1:]:  # the first is for nulls, and there are none
+            hasher.update(buffer)
+    return hasher.hexdigest()
+
+
 class RunReader:
     """A run file, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._reader = open_arrow(path)
         about = json.loads(self._reader.schema.metadata[b"run"])
         self._first_batch = [0, *accumulate(about["batches"])]
 
     def of_shard(self, number: int) -> list[pa.RecordBatch]:
-        """Return the records of a shard (columns `RUN_COLUMNS`), each batch sorted by key."""
+        """Return the records of a shard (columns `RUN_COLUMNS`), each batch sorted by key.
+
+        Raises:
+            InputError: if they are not what was written; the run is then removed, so that the
+                next attempt makes it anew.
+        """
         first, last = self._first_batch[number : number + 2]
-        return [self._reader.get_batch(batch) for batch in range(first, last)]
+        try:
+            return [self._checked(batch) for batch in range(first, last)]
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+            self._path.unlink(missing_ok=True)
+            raise InputError(
+                f"{self._path}: went bad on the disk ({error}) and was removed: run the same "
+                "command again, it makes the file anew; check the disk if this comes back"
+            ) from error
+
+    def _checked(self, number: int) -> pa.RecordBatch:
+        batch, about = self._reader.get_batch_with_custom_metadata(number)
+        if about[b"checksum"].decode() != _checksum(number, batch):
+            raise ValueError(f"batch {number} has another checksum")
+        return batch
 
 
 class _Texts:
@@ -245,9 +277,13 @@ def usable_runs(directory: Path) -> list[Run]:
 
 def _read_about(path: Path) -> Run | None:
     try:
-        about = json.loads(open_arrow(path).schema.metadata[b"run"])
+        schema = open_arrow(path).schema
+        text = schema.metadata[b"run"]
+        if xxhash.xxh3_64_hexdigest(text).encode() != schema.metadata[b"checksum"]:
+            return None
+        about = json.loads(text)
         finished = [UnitResult(**unit) for unit in about["finished"]]
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError):
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return None  # damaged: its units are done again
     for unit in finished:
         unit.counts = Counter(unit.counts)
