@@ -16,7 +16,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A cluster's own MPI knows its network and its scheduler: the Open MPI wheel would hide it.
 MPI := $(if $(shell command -v mpirun || command -v mpiexec),,mpi)
 
-.PHONY: help install demo test test-matrix test-gpu test-transfoxl deepspeed horovod lint format clean
+.PHONY: help install demo test test-matrix test-faults test-gpu test-transfoxl deepspeed horovod lint \
+  format clean
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -25,6 +26,7 @@ help: ## what you are reading
 	@echo "make install TORCH_INDEX=URL          another package index for torch; without CUDA:"
 	@echo "                                      https://download.pytorch.org/whl/cpu"
 	@echo "make test ARGS=\"-m 'not slow' -x\"    options for pytest"
+	@echo "make test-faults ARGS=\"--case kill-7\" one case again"
 
 install: $(VENV)/.install ## make .venv with prothpc in it
 
@@ -39,6 +41,9 @@ test: $(VENV)/.test $(VENV)/.deepspeed ## every test; root gets the system progr
 
 test-matrix: $(VENV)/.test deepspeed horovod ## engines, precisions, optimisers and ranks: docs/engine-matrix.md
 	$(BIN)/python tests/hpc/engine_matrix.py --write docs/engine-matrix.md
+
+test-faults: $(VENV)/.test ## kills, full disks and damaged files while records are made
+	$(BIN)/python tests/preprocessing/faults.py $(ARGS)
 
 test-gpu: $(VENV)/.test ## the tests that need a GPU, where there is one
 	$(BIN)/python -m pytest -m gpu $(ARGS)
