@@ -48,7 +48,7 @@ class Exclusions:
 
 
 def write_exclusions(directory: Path, files: Sequence[Path], on_invalid: OnInvalid) -> None:
-    """Read exclusion files and write what `map_exclusions` maps, unless it is there.
+    """Read exclusion files and write what `map_exclusions` maps.
 
     Args:
         directory: where to.
@@ -58,8 +58,6 @@ def write_exclusions(directory: Path, files: Sequence[Path], on_invalid: OnInval
     Raises:
         BadInput: if a file has no form that is known.
     """
-    if all(path.exists() for path in _set_paths(directory)):
-        return
     keys, ids = [np.empty((0, KEY_BYTES), np.uint8)], [np.empty((0, KEY_BYTES), np.uint8)]
     for path in files:
         for of_records, of_ids in _read(path, on_invalid):

@@ -13,13 +13,15 @@ import math
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from preprocessing.errors import InputError
-from preprocessing.exclusions import map_exclusions, write_exclusions
 from preprocessing.keys import Placement
+from preprocessing.lookups import check_clusters, open_selection, write_lookups
 from preprocessing.manifest import describe_run, make_manifest
 from preprocessing.options import MAX_SHARDS, PreprocessOptions, record_options
 from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
@@ -33,11 +35,12 @@ from preprocessing.sources import (
     UNIT_BYTES,
     BadInput,
     Source,
+    Unit,
     UnitReader,
     cut,
     examine,
 )
-from preprocessing.spill import Run, Spiller, UnitResult
+from preprocessing.spill import Run, Spiller, UnitResult, total_counts
 from preprocessing.workspace import Workspace
 
 _log = logging.getLogger(__name__)
@@ -86,6 +89,7 @@ def generate(
         job = _Job(ranks, workspace, sources, placement, options, unit_bytes)
         try:
             runs = job.map()
+            check_clusters(options, total_counts(runs))
         except BadInput:
             on_first_rank(ranks, workspace.discard)
             raise
@@ -136,6 +140,10 @@ def _finished(output: Path) -> dict[str, Any]:
     return manifest
 
 
+_SAMPLED_INPUTS = 16
+"""Inputs whose first ids are looked for in a table of clusters before anything else is done."""
+
+
 class _Job:
     """The two phases of a job on one rank."""
 
@@ -170,7 +178,7 @@ class _Job:
 
         def work(tasks: Iterator[int]) -> list[Run]:
             spiller = Spiller(self._workspace.work, self._placement, self._options.memory)
-            selection = self._selection()
+            selection = open_selection(self._workspace.work, self._options, self._placement)
             progress = Progress(self._ranks.rank == 0, "map", "units", len(missing))
             with self._workspace.writing():
                 for task in tasks:
@@ -243,14 +251,18 @@ class _Job:
         return manifest
 
     def _write_lookups(self) -> None:
-        """Put what ranks look up while they map into files that all can map."""
-        options = self._options
-        if options.exclude:
-            write_exclusions(self._workspace.work, options.exclude, options.on_invalid)
+        first_units = {unit.source: unit for unit in reversed(self._units)}
+        chunks = (self._first_ids(first_units[number]) for number in range(len(self._sources)))
+        write_lookups(
+            self._workspace.work, self._options, self._placement, islice(chunks, _SAMPLED_INPUTS)
+        )
 
-    def _selection(self) -> Selection:
-        exclusions = map_exclusions(self._workspace.work) if self._options.exclude else None
-        return Selection(self._options, self._placement, exclusions)
+    def _first_ids(self, unit: Unit) -> pa.Array:
+        source = self._sources[unit.source]
+        reader = UnitReader(source, unit, block_bytes=self._unit_bytes)
+        for _, parsed in parsed_chunks(reader, source.path, self._options.on_invalid):
+            return parsed.ids
+        return pa.array([], pa.binary())
 
     def _map_unit(
         self, number: int, selection: Selection, spiller: Spiller, progress: Progress

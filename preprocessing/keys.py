@@ -32,6 +32,13 @@ def hash_residues(offsets: np.ndarray, residues: np.ndarray) -> np.ndarray:
     return np.frombuffer(digests, np.uint8).reshape(-1, KEY_BYTES)
 
 
+def hash64(offsets: np.ndarray, values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return the xxh3-64, uint64 [N], of texts `values[offsets[i]:offsets[i + 1]]`."""
+    text = BytesIO(values[int(offsets[0]) : int(offsets[-1])].data)
+    texts = map(text.read, np.diff(offsets).tolist())
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, texts, repeat(seed)), np.uint64)
+
+
 def halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the high and the low 64 bits, uint64 [N] each, of keys uint8 [N, 16]."""
     words = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
@@ -91,14 +98,13 @@ class Placement:
         """Return bool [N]: which of the keys, uint8 [N, 16], their salted hash holds out."""
         if self.holdout == 0:
             return np.zeros(len(keys), bool)
-        text = keys.tobytes()
-        starts = range(0, len(text), KEY_BYTES)
-        records = map(
-            text.__getitem__, map(slice, starts, range(KEY_BYTES, len(text) + 1, KEY_BYTES))
-        )
-        hashes = map(xxhash.xxh3_64_intdigest, records, repeat(HOLDOUT_SEED))
-        below = int(Fraction(self.holdout) * 2**64)
-        return np.fromiter(hashes, np.uint64, len(keys)) < np.uint64(below)
+        bounds = np.arange(0, keys.size + 1, KEY_BYTES)
+        return hash64(bounds, keys.reshape(-1), HOLDOUT_SEED) < np.uint64(self.held_out_below)
+
+    @property
+    def held_out_below(self) -> int:
+        """Salted hashes below this are held out."""
+        return int(Fraction(self.holdout) * 2**64)
 
 
 def _scale(high: np.ndarray, low: np.ndarray, count: int) -> np.ndarray:

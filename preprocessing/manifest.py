@@ -66,6 +66,7 @@ def make_manifest(
         "read": read,
         "longer_than_max_length": _amount(counts, "longer"),
         "windows": windows,
+        "not_in_clusters": counts["unlisted.records"],
         "kept": kept,
         "not_kept": not_kept,
         "changed": {change: counts[change] for change in CHANGES},

@@ -31,6 +31,8 @@ class PreprocessOptions:
     a gzip file counted as twice its size."""
     holdout: float = 0.0
     """Fraction of the records that goes to the held-out split, 0 to below 1."""
+    holdout_by: Path | None = None
+    """Table of clusters: whole clusters are held out, see `clusters`; None: single sequences."""
     min_length: int = 1
     """Shorter records (residues) are not kept."""
     max_length: int | None = None
@@ -57,6 +59,10 @@ class PreprocessOptions:
             raise InputError(f"--shards {self.shards}: choose 1 to {MAX_SHARDS:,}")
         if not 0 <= self.holdout < 1:
             raise InputError(f"--holdout {self.holdout}: choose a fraction from 0 to below 1")
+        if self.holdout_by is not None and self.holdout == 0:
+            raise InputError(
+                f"--holdout-by {self.holdout_by} needs --holdout: say what share to hold out"
+            )
         if self.min_length < 1:
             raise InputError(f"--min-length {self.min_length}: choose 1 or more")
         if self.max_length is not None and self.max_length < self.min_length:
@@ -80,7 +86,7 @@ class PreprocessOptions:
     @property
     def equals_may_differ(self) -> bool:
         """Whether of equal sequences one may be held out and another not."""
-        return self.long == "split"
+        return self.long == "split" or self.holdout_by is not None
 
     @property
     def leaves_marks(self) -> bool:
@@ -112,6 +118,7 @@ def record_options(options: PreprocessOptions, placement: Placement) -> dict[str
     changing = {name: value for name, value in asdict(options).items() if name != "memory"}
     return changing | {
         "shards": placement.shards,
+        "holdout_by": None if options.holdout_by is None else describe_file(options.holdout_by),
         "exclude": sorted(map(describe_file, options.exclude), key=lambda file: file["hash"]),
     }
 

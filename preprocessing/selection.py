@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from preprocessing.clusters import Clusters
 from preprocessing.columns import parts, take
 from preprocessing.exclusions import Exclusions
 from preprocessing.fasta import Parsed
@@ -43,17 +44,22 @@ class Selection:
     """Decides over the records of an input."""
 
     def __init__(
-        self, options: PreprocessOptions, placement: Placement, exclusions: Exclusions | None
+        self,
+        options: PreprocessOptions,
+        placement: Placement,
+        exclusions: Exclusions | None,
+        clusters: Clusters | None,
     ) -> None:
         self._options = options
         self._placement = placement
         self._exclusions = exclusions
+        self._clusters = clusters
 
     def select(self, parsed: Parsed, counts: Counter[str]) -> Iterator[Rows]:
         """Count a chunk's records and yield what is left of them."""
         whole, long = self._by_length(parsed, counts)
         keys = hash_residues(*parts(whole.sequences))
-        fate = self._decide(keys, whole.ids)
+        fate = self._decide(keys, whole.ids, counts)
         yield from self._rows(keys, whole.ids, whole.sequences, fate, counts)
         if len(long.ids):
             yield from self._windows(long, counts)
@@ -86,7 +92,7 @@ class Selection:
     def _windows(self, long: Parsed, counts: Counter[str]) -> Iterator[Rows]:
         """Cut long records into windows, which share their fate."""
         assert self._options.max_length is not None
-        of_parents = self._decide(hash_residues(*parts(long.sequences)), long.ids)
+        of_parents = self._decide(hash_residues(*parts(long.sequences)), long.ids, counts)
         ids, sequences, parents = cut_windows(
             long.ids, long.sequences, self._options.max_length, self._options.overlap
         )
@@ -99,9 +105,14 @@ class Selection:
         fate = _Fate(excluded, of_parents.held_out[parents], excluded)
         yield from self._rows(keys, ids, sequences, fate, counts)
 
-    def _decide(self, keys: np.ndarray, ids: pa.Array) -> _Fate:
+    def _decide(self, keys: np.ndarray, ids: pa.Array, counts: Counter[str]) -> _Fate:
         nothing = np.zeros(len(keys), bool)
-        held_out = self._placement.held_out(keys)
+        if self._clusters is None:
+            held_out = self._placement.held_out(keys)
+        else:
+            held_out, listed = self._clusters.look_up(ids)
+            counts["listed.records"] += int(np.count_nonzero(listed))
+            counts["unlisted.records"] += int(np.count_nonzero(~listed))
         if self._exclusions is None:
             return _Fate(nothing, held_out, nothing)
         by_id = self._exclusions.by_id(ids)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -59,6 +60,15 @@ class Run:
     name: str
     finished: list[UnitResult]
     """Units of which this run holds the last records; empty in a piece of a long unit."""
+
+
+def total_counts(runs: Iterable[Run]) -> Counter[str]:
+    """Return what the units that runs finish counted, together."""
+    counts: Counter[str] = Counter()
+    for run in runs:
+        for result in run.finished:
+            counts.update(result.counts)
+    return counts
 
 
 class Spiller:

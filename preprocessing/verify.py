@@ -85,6 +85,8 @@ class _Outline(NamedTuple):
     directory: Path
     placement: Placement
     dedup: bool
+    by_cluster: bool
+    """Whether clusters were held out."""
     split_length: int | None
     """Length of the windows that long records were split into, if they were."""
     rows_per_batch: int
@@ -109,6 +111,7 @@ def _read_outline(directory: Path) -> _Outline:
             directory=directory,
             placement=placement,
             dedup=options["dedup"],
+            by_cluster=options["holdout_by"] is not None,
             split_length=options["max_length"] if options["long"] == "split" else None,
             rows_per_batch=manifest["rows_per_batch"],
             shards=shards,
@@ -236,10 +239,11 @@ class _ShardCheck:
         placement, held_out = self._outline.placement, np.full(len(batch), self._held_out)
         place = placement.shard_of(batch.keys, held_out)
         self._note(batch, np.flatnonzero(place != self._number), "belongs into another shard")
-        wrong = placement.held_out(batch.keys) != held_out
-        if self._outline.split_length is not None:  # windows follow the record they were cut from
-            wrong &= np.diff(batch.offsets) != self._outline.split_length
-        self._note(batch, np.flatnonzero(wrong), "belongs into the other split")
+        if not self._outline.by_cluster:  # whose table is not at hand
+            wrong = placement.held_out(batch.keys) != held_out
+            if self._outline.split_length is not None:  # windows follow what they were cut from
+                wrong &= np.diff(batch.offsets) != self._outline.split_length
+            self._note(batch, np.flatnonzero(wrong), "belongs into the other split")
         if self._twins is not None:
             twins = np.flatnonzero(self._twins.contains(batch.keys))
             self._note(batch, twins, "is in the held-out split, too")
@@ -247,7 +251,8 @@ class _ShardCheck:
     def _held_out_twins(self) -> KeySet | None:
         """Return the held-out keys in a train shard's range, where they do not follow from keys."""
         outline, count = self._outline, self._outline.placement.holdout_shards
-        if self._held_out or count == 0 or outline.split_length is None:
+        keys_decide = outline.split_length is None and not outline.by_cluster
+        if self._held_out or count == 0 or keys_decide:
             return None
         train = outline.placement.shards
         first = self._number * count // train

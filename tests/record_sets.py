@@ -42,6 +42,8 @@ from preprocessing.parallel import connect
 ranks = connect(int(sys.argv[1]))
 for inputs, output, options, unit_bytes in json.loads(sys.argv[2]):
     options["exclude"] = tuple(map(Path, options.get("exclude", ())))
+    if options.get("holdout_by"):
+        options["holdout_by"] = Path(options["holdout_by"])
     try:
         generate([Path(path) for path in inputs], Path(output), PreprocessOptions(**options),
                  ranks, unit_bytes=unit_bytes)

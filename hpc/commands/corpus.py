@@ -76,6 +76,12 @@ def preprocess(
         int | None, typer.Option(help="Shards of the training split [default: by input size].")
     ] = None,
     holdout: Annotated[float, typer.Option(help="Share of sequences held out.")] = 0.0,
+    holdout_by: Annotated[
+        Path | None,
+        typer.Option(
+            help="Hold out whole clusters: table of representative, tab, member (mmseqs createtsv)."
+        ),
+    ] = None,
     min_length: Annotated[int, typer.Option(help="Drop shorter proteins.")] = 1,
     max_length: Annotated[
         int | None, typer.Option(help="Proteins longer than this are long: see --long.")
@@ -116,6 +122,7 @@ def preprocess(
     options = PreprocessOptions(
         shards=shards,
         holdout=holdout,
+        holdout_by=holdout_by,
         min_length=min_length,
         max_length=max_length,
         long=long,  # type: ignore[arg-type]  # it checks the choice

@@ -152,39 +152,37 @@ def test_fates_are_what_a_plain_program_says(
 
 
 def test_same_bytes_for_any_rank_count(tmp_path: Path, mpirun: Run, real_fasta: Path) -> None:
-    """Windows, exclusions of every kind and hold-out of real proteins, on one rank and on three."""
+    """Windows, exclusions and hold-out by cluster of real proteins, on one rank and on three."""
     with real_fasta.open() as file:
         names = [line[1:].split()[0] for line in file if line.startswith(">")]
-    ids = tmp_path / "ids.txt"
+    ids, table = tmp_path / "ids.txt", tmp_path / "clusters.tsv"
     ids.write_text("\n".join(names[::50]))
-    pages = [
+    table.write_text("".join(f"{names[n - n % 3]}\t{names[n]}\n" for n in range(len(names))))
+    pages: list[dict[str, Any]] = [
         {"shards": 4, "holdout": 0.1, "max_length": 256, "long": "split", "overlap": 64,
-         "memory": 2**21, "exclude": [str(ids)], "compression": "lz4"},
-        {"shards": 4, "max_length": 300, "long": "keep", "compression": "zstd"},
+         "memory": 2**21, "exclude": (ids,), "compression": "lz4"},
+        {"shards": 4, "holdout": 0.05, "holdout_by": table, "max_length": 300, "long": "keep",
+         "memory": 2**21, "compression": "zstd"},
     ]  # fmt: skip
     jobs = [
         ([str(real_fasta)], str(tmp_path / f"three{number}"), options, 2**20)
         for number, options in enumerate(pages)
     ]
-    result = mpirun(3, "-c", DRIVER, "3", json.dumps(jobs))
+    result = mpirun(3, "-c", DRIVER, "3", json.dumps(jobs, default=str))
     assert result.stdout.count("done") == 3 * len(jobs), result.stderr
+    made = []
     for number, options in enumerate(pages):
-        exclude = tuple(map(Path, options.pop("exclude", [])))  # type: ignore[arg-type,call-overload]
-        made = generate(
-            [real_fasta],
-            tmp_path / f"one{number}",
-            PreprocessOptions(**options, exclude=exclude),  # type: ignore[arg-type]
-            unit_bytes=2**20,
-        )
-        assert content(tmp_path / f"three{number}") == content(tmp_path / f"one{number}")
-        verify(tmp_path / f"one{number}")
-        if exclude:
-            totals = made["totals"]
-            assert totals["not_kept"]["excluded"]["records"] >= len(names[::50])
-            assert totals["not_kept"]["in_holdout"]["records"] > 0
-            assert totals["windows"]["records"] > totals["not_kept"]["split"]["records"] > 1000
-        else:
-            assert made["totals"]["longer_than_max_length"]["records"] > 1000
+        output = tmp_path / f"one{number}"
+        made.append(generate([real_fasta], output, PreprocessOptions(**options), unit_bytes=2**20))
+        assert content(tmp_path / f"three{number}") == content(output)
+        verify(output)
+    windows, clusters = (manifest["totals"] for manifest in made)
+    assert windows["not_kept"]["excluded"]["records"] >= len(names[::50])
+    assert windows["not_kept"]["in_holdout"]["records"] > 0
+    assert windows["windows"]["records"] > windows["not_kept"]["split"]["records"] > 1000
+    assert clusters["longer_than_max_length"]["records"] > 1000
+    assert clusters["not_kept"]["in_holdout"]["records"] > 0
+    assert clusters["not_in_clusters"] == 0
 
 
 RECORDS = [("a", "MKV"), ("b", "MKW"), ("c", "MKV"), ("d", "mkyy*")]
