@@ -34,7 +34,12 @@ EXTRAS = [
 ]
 PACKAGES = PYPROJECT["tool"]["importlinter"]["root_packages"]
 
-CONDA_NAMES = {"matplotlib": "matplotlib-base", "torch": "pytorch", "xxhash": "python-xxhash"}
+CONDA_NAMES = {
+    "isal": "python-isal",
+    "matplotlib": "matplotlib-base",
+    "torch": "pytorch",
+    "xxhash": "python-xxhash",
+}
 """Packages that conda-forge calls something else than PyPI does."""
 
 HELP_SECONDS = 0.3
