@@ -18,7 +18,7 @@ import pyarrow as pa
 from preprocessing.columns import gather, parts
 from preprocessing.files import publish
 from preprocessing.keys import HOLDOUT_SEED, hash64
-from preprocessing.sources import BadInput
+from preprocessing.raw import BadInput
 
 _READ_BYTES = 4 * 2**20
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}

@@ -14,13 +14,14 @@ import pyarrow as pa
 
 from preprocessing.columns import key_array, parts
 from preprocessing.fasta import OnInvalid
+from preprocessing.formats import kind_of
 from preprocessing.keys import KEY_BYTES, hash_residues
 from preprocessing.keysets import KeySet
 from preprocessing.parsing import parsed_chunks
-from preprocessing.sources import UNIT_BYTES, BadInput, UnitReader, cut, examine
+from preprocessing.raw import BadInput
+from preprocessing.sources import UNIT_BYTES, UnitReader, check_fit, cut, examine
 
 _PARQUET_MAGIC = b"PAR1"
-_COMPRESSED_MAGICS = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # gzip, zstd: only FASTA comes so
 _ROWS_PER_BATCH = 2**16
 _SHOWN_CHARACTERS = 40
 _HEX_DIGITS = 2 * KEY_BYTES
@@ -81,7 +82,7 @@ def _read(path: Path, on_invalid: OnInvalid) -> Iterator[tuple[Keys, Keys]]:
         head = file.read(1024)
     if head.startswith(_PARQUET_MAGIC):
         return _read_table(path)
-    if head.lstrip(b"\r\n").startswith(b">") or head.startswith(_COMPRESSED_MAGICS):
+    if head.lstrip(b"\r\n").startswith(b">") or kind_of(head) != "plain":
         return _read_fasta(path, on_invalid)
     return _read_list(path)
 
@@ -96,10 +97,13 @@ def _no_keys() -> Keys:
 
 def _read_fasta(path: Path, on_invalid: OnInvalid) -> Iterator[tuple[Keys, Keys]]:
     source = examine(path)
+    stretches = []
     for unit in cut([source]):
         reader = UnitReader(source, unit, block_bytes=UNIT_BYTES)
         for _, parsed in parsed_chunks(reader, source.path, on_invalid):
             yield hash_residues(*parts(parsed.sequences))[~parsed.invalid], _no_keys()
+        stretches.append(reader.stretch)
+    check_fit(source, stretches)
 
 
 def _read_list(path: Path) -> Iterator[tuple[Keys, Keys]]:

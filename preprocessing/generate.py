@@ -13,13 +13,17 @@ import math
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from preprocessing.compressed import Stretch
 from preprocessing.errors import InputError
+from preprocessing.indexing import choose_indexes
+from preprocessing.inputs import find_inputs
 from preprocessing.keys import Placement
 from preprocessing.lookups import check_clusters, open_selection, write_lookups
 from preprocessing.manifest import describe_run, make_manifest
@@ -27,16 +31,17 @@ from preprocessing.options import MAX_SHARDS, PreprocessOptions, record_options
 from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
 from preprocessing.parsing import parsed_chunks
 from preprocessing.progress import Progress
+from preprocessing.raw import BadInput
 from preprocessing.records import FORMAT, VERSION, RecordSet, read_manifest
 from preprocessing.selection import Selection
 from preprocessing.shards import Shard
 from preprocessing.sources import (
     CHUNK_BYTES,
     UNIT_BYTES,
-    BadInput,
     Source,
     Unit,
     UnitReader,
+    check_fit,
     cut,
     examine,
 )
@@ -50,7 +55,7 @@ SHARD_TEXT_BYTES = 96_000_000
 the 6,000 files of the ProtTrans paper, section 2.1."""
 
 MIN_SHARDS = 8
-_GZIP_RATIO = 2  # protein FASTA is about twice as long as its gzip file
+_COMPRESSION = 2  # protein FASTA is about twice as long as its gzip or zstd file
 _CHUNKS_IN_MEMORY = 16  # a chunk is at most this part of the memory budget
 
 
@@ -61,16 +66,20 @@ def generate(
     ranks: Ranks | None = None,
     *,
     unit_bytes: int = UNIT_BYTES,
+    gzip_index: bool | None = None,
 ) -> dict[str, Any]:
     """Make a record set, or finish one that was begun.
 
     Args:
-        inputs: FASTA files, plain or gzip, in any order.
+        inputs: FASTA files, plain, gzip or zstd, in any order; also patterns and directories, see
+            `inputs.find_inputs`.
         output: the record set's directory; made if it is not there.
         options: what is done with the records.
         ranks: the job, from `parallel.connect`; all its ranks must call this. None: this process.
-        unit_bytes: bytes of a plain file taken by a rank at a time; also the block of the input
-            hashes, so that another value gives another manifest.
+        unit_bytes: bytes of a file taken by a rank at a time; also the block of the input hashes,
+            so that another value gives another manifest.
+        gzip_index: whether ranks share gzip files by means of seek indexes, which are kept beside
+            the output; None: where there is one already, or making one saves time.
 
     Returns:
         The manifest, on every rank.
@@ -86,9 +95,12 @@ def generate(
         plan = on_first_rank(ranks, lambda: _make_plan(sources, options, placement, unit_bytes))
         if on_first_rank(ranks, lambda: workspace.enter(plan)):
             return on_first_rank(ranks, lambda: _finished(workspace.output))
+        beside = workspace.output.absolute().parent
+        sources = choose_indexes(ranks, sources, workspace.work, beside, gzip_index)
         job = _Job(ranks, workspace, sources, placement, options, unit_bytes)
         try:
             runs = job.map()
+            job.check_inputs(runs)
             check_clusters(options, total_counts(runs))
         except BadInput:
             on_first_rank(ranks, workspace.discard)
@@ -101,14 +113,12 @@ def generate(
 
 def default_shards(sources: Sequence[Source]) -> int:
     """Return the number of train shards for inputs when it is not given."""
-    text = sum(source.bytes * (_GZIP_RATIO if source.compressed else 1) for source in sources)
+    text = sum(source.bytes * (1 if source.kind == "plain" else _COMPRESSION) for source in sources)
     return min(max(MIN_SHARDS, math.ceil(text / SHARD_TEXT_BYTES)), MAX_SHARDS)
 
 
 def _examine_all(inputs: Sequence[Path]) -> list[Source]:
-    if not inputs:
-        raise InputError("no input files: name one or more FASTA files")
-    sources = sorted((examine(Path(path)) for path in inputs), key=lambda source: source.path)
+    sources = sorted(map(examine, find_inputs(inputs)), key=lambda source: source.path)
     for first, second in pairwise(sources):
         if first.path == second.path:
             raise InputError(f"{first.path}: named twice among the inputs: name it once")
@@ -190,6 +200,16 @@ class _Job:
         for written in share_out(self._ranks, len(missing), work):
             runs += written
         return sorted(runs, key=lambda run: run.name)
+
+    def check_inputs(self, runs: Sequence[Run]) -> None:
+        """Refuse a compressed file of which the ranks did not find all, or a damaged one."""
+        results = {result.unit: result for run in runs for result in run.finished}
+        of_source: list[list[Stretch | None]] = [[] for _ in self._sources]
+        for number, unit in enumerate(self._units):
+            found = results[number].stretch
+            of_source[unit.source].append(None if found is None else Stretch(**found))
+        for source, stretches in zip(self._sources, of_source, strict=True):
+            check_fit(source, stretches)
 
     def reduce(self, runs: Sequence[Run]) -> list[Shard]:
         """Let every shard be built; return them in order, on every rank."""
@@ -281,4 +301,5 @@ class _Job:
                 spiller.add(number, rows.keys, rows.ids, rows.sequences, rows.shards)
             progress.add(len(parsed.ids), len(chunk.text))
         result.block_hashes = reader.block_hashes
+        result.stretch = None if reader.stretch is None else asdict(reader.stretch)
         spiller.end_unit(result)

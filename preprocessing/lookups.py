@@ -15,8 +15,8 @@ from preprocessing.clusters import Clusters, write_clusters
 from preprocessing.exclusions import map_exclusions, write_exclusions
 from preprocessing.keys import Placement
 from preprocessing.options import PreprocessOptions
+from preprocessing.raw import BadInput
 from preprocessing.selection import Selection
-from preprocessing.sources import BadInput
 
 _CLUSTERS = "clusters.u64"
 

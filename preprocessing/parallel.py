@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 from preprocessing.errors import InputError
 
 T = TypeVar("T")
+
+_REST_SECONDS = 0.01
 
 _STOP = 2**40
 """Added to a counter, it passes every number of tasks."""
@@ -27,6 +30,9 @@ class Serial:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+
+    def rest(self) -> None:
+        """Wait for all ranks, and leave the processor to others."""
 
     def bcast(self, value: T) -> T:
         """Return rank 0's value on every rank."""
@@ -66,6 +72,12 @@ class Mpi:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self._communicator.Barrier()
+
+    def rest(self) -> None:
+        """Wait for all ranks, and leave the processor to others."""
+        request = self._communicator.Ibarrier()
+        while not request.Test():
+            time.sleep(_REST_SECONDS)
 
     def bcast(self, value: T) -> T:
         """Return rank 0's value on every rank."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from preprocessing.fasta import FastaProblem, OnInvalid, Parsed, parse
-from preprocessing.sources import BadInput, Chunk, UnitReader
+from preprocessing.raw import BadInput
+from preprocessing.sources import Chunk, UnitReader
 
 
 def parsed_chunks(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import os
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,34 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from preprocessing.errors import InputError
+from preprocessing.compressed import (
+    Ahead,
+    Damaged,
+    PieceReader,
+    Stretch,
+    check_stretches,
+    refuse_damaged,
+)
+from preprocessing.formats import Kind, kind_of, refuse_other_formats
+from preprocessing.gzip_index import SeekIndex
+from preprocessing.gzip_text import BgzfText, GzipText, check_members
+from preprocessing.raw import TO_THE_END, BadInput, BlockHasher, RawFile, check_unchanged, readable
+from preprocessing.zstd_text import ZstdText
 
 UNIT_BYTES = 64 * 2**20
-"""Bytes of a plain file that one rank takes at a time, and of a hashed block of any file."""
+"""Bytes of a file that one rank takes at a time, and of a hashed block of it."""
 
 CHUNK_BYTES = 2 * 2**20
 """Bytes parsed at a time: the temporaries then stay in the L2 cache (4 MB and more halved the
 speed)."""
 
 _HEAD_BYTES = 64 * 2**10
-_GZIP_BUFFER = 128 * 2**10  # Python 3.10's gzip asks for 8 KiB at a time
-_GZIP_MAGIC = b"\x1f\x8b"
-_UNREADABLE = {
-    b"\x28\xb5\x2f\xfd": "zstd: decompress it first (zstd -d)",
-    b"BZh": "bzip2: decompress it first (bunzip2)",
-    b"\xfd7zXZ": "xz: decompress it first (unxz)",
-    b"PK\x03\x04": "zip: unpack it first (unzip)",
-}
-_TO_THE_END = 2**63
 _MAX_TEXT = 2**31 - 2  # Arrow's 32-bit offsets address the bytes of a chunk
 
-_Stream = io.RawIOBase | io.BufferedIOBase
-
-
-class BadInput(InputError):
-    """An input file is refused: no job can succeed before the file or an option changes."""
+_TOOLS = {"gzip": "gzip", "bgzf": "gzip", "zstd": "zstd"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +44,18 @@ class Source:
     path: str
     bytes: int
     mtime_ns: int
-    compressed: bool
+    kind: Kind = "plain"
+    index: str | None = None
+    """Path of the seek index of a gzip file, if it is read with one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Work for one rank: the records whose `>` lies in a byte range of a file's text."""
+    """Work for one rank: the records whose `>` lies in the text of a byte range of a file.
+
+    That is the range itself in a plain file; in a compressed one what begins in it, see
+    `compressed`.
+    """
 
     source: int
     start: int
@@ -69,7 +69,7 @@ class Chunk:
     text: np.ndarray
     """uint8; starts with `>` and ends with a newline."""
     offset: int
-    """Place of its first byte in the file's (decompressed) text."""
+    """Place of its first byte in the text that its unit begins with."""
 
 
 def examine(path: Path) -> Source:
@@ -78,32 +78,26 @@ def examine(path: Path) -> Source:
     Raises:
         InputError: if it cannot be read or is evidently no FASTA.
     """
-    with _readable(path):
+    with readable(path):
         status = path.stat()
         if not path.is_file():
-            raise InputError(f"{path}: not a regular file; give FASTA files, plain or gzip")
-        with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-            compressed = head.startswith(_GZIP_MAGIC)
-            if compressed:
-                file.seek(0)
-                with gzip.GzipFile(fileobj=file) as text:
-                    head = text.read(_HEAD_BYTES)
-    _refuse_other_formats(path, head)
-    return Source(
-        path=str(path.resolve()),
-        bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        compressed=compressed,
+            raise BadInput(f"{path}: not a regular file; give FASTA files, plain, gzip or zstd")
+        with path.open("rb", buffering=0) as file:
+            kind = kind_of(file.read(_HEAD_BYTES))
+    source = Source(
+        path=str(path.resolve()), bytes=status.st_size, mtime_ns=status.st_mtime_ns, kind=kind
     )
+    reader = UnitReader(source, Unit(source=0, start=0, stop=TO_THE_END), block_bytes=UNIT_BYTES)
+    refuse_other_formats(path, reader.head(_HEAD_BYTES))
+    return source
 
 
 def cut(sources: Sequence[Source], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
-    """Cut files into units: plain ones by byte ranges, a gzip file is one unit."""
+    """Cut files into units by byte ranges; a gzip file without marks or index is one unit."""
     units = []
     for number, source in enumerate(sources):
-        if source.compressed:
-            units.append(Unit(source=number, start=0, stop=_TO_THE_END))
+        if source.kind == "gzip" and source.index is None:
+            units.append(Unit(source=number, start=0, stop=TO_THE_END))
             continue
         for start in range(0, source.bytes, unit_bytes):
             stop = min(start + unit_bytes, source.bytes)
@@ -111,8 +105,26 @@ def cut(sources: Sequence[Source], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
     return units
 
 
+def check_fit(source: Source, stretches: Sequence[Stretch | None]) -> None:
+    """Check that the units of a compressed file have read all of it, and only once.
+
+    Args:
+        source: the file.
+        stretches: what each of its units has read, in order.
+
+    Raises:
+        BadInput: if they have not, or if a gzip member that several of them read is damaged.
+    """
+    if source.kind == "plain":
+        return
+    found = [stretch for stretch in stretches if stretch is not None]
+    with _damage_refused(source):
+        check_stretches(found, source.bytes)
+        check_members(found)
+
+
 class UnitReader:
-    """Reads one unit: first `chunks()` to its end, then `block_hashes`."""
+    """Reads one unit: first `chunks()` to its end, then `block_hashes` and `stretch`."""
 
     def __init__(
         self, source: Source, unit: Unit, *, block_bytes: int, chunk_bytes: int = CHUNK_BYTES
@@ -122,6 +134,9 @@ class UnitReader:
         self._unit = unit
         self._chunk_bytes = chunk_bytes
         self._hasher = BlockHasher(block_bytes)
+        self.stretch: Stretch | None = None
+        """What was read of a compressed file; None if it is plain, or nothing begins in the unit.
+        """
 
     @property
     def block_hashes(self) -> list[str]:
@@ -132,36 +147,45 @@ class UnitReader:
         """Yield the unit's records.
 
         Raises:
-            InputError: if the file changed since it was examined, or is damaged gzip.
+            InputError: if the file changed since it was examined, or is damaged.
         """
-        begin = max(self._unit.start - 1, 0)  # to see whether a newline stands before the range
-        with self._open_text(begin, self._hasher) as stream:
-            yield from self._cut(_Window(stream, begin, self._chunk_bytes))
+        with self._open(self._unit.start, self._unit.stop, self._hasher) as text:
+            if text is not None:
+                yield from self._cut(text)
+
+    def head(self, count: int) -> bytes:
+        """Return the first bytes of the text."""
+        with self._open(0, self._unit.stop, None) as text:
+            assert text is not None
+            window = _Window(text, count)
+            window.extend()
+            return bytes(window.text[: window.filled])
 
     def line_number(self, chunk: Chunk, position: int) -> int:
         """Return the file's line number, from 1, of a byte of a chunk (reads the file again)."""
-        line = 1
-        with self._open_text(0, BlockHasher(UNIT_BYTES)) as stream:
-            left = chunk.offset
-            while left > 0 and (block := stream.read(min(left, CHUNK_BYTES))):
-                line += block.count(b"\n")
-                left -= len(block)
-        return line + int(np.count_nonzero(chunk.text[:position] == ord("\n")))
+        line = 1 + int(np.count_nonzero(chunk.text[:position] == ord("\n")))
+        if self._unit.start > 0:
+            with self._open(0, self._unit.start, None) as before:
+                assert before is not None
+                line += _count_lines(before, None)
+        with self._open(self._unit.start, self._unit.stop, None) as text:
+            assert text is not None
+            return line + _count_lines(text, chunk.offset)
 
-    def _cut(self, window: _Window) -> Iterator[Chunk]:
-        start, stop = self._unit.start, self._unit.stop
-        before_header = b"" if start == 0 else b"\n"
+    def _cut(self, text: _Text) -> Iterator[Chunk]:
+        window = _Window(text, self._chunk_bytes)
+        before_header = b"" if self._unit.start == 0 else b"\n"
         window.extend()
         while (found := window.text.find(before_header + b">", 0, window.filled)) < 0:
-            if window.at_end or window.end >= stop:
+            if window.at_end or window.end >= text.stop:
                 return
             window.discard(window.filled - 1)
             window.extend()
         window.discard(found + len(before_header))
         searched = 0  # before it there is no second header in the window
-        while window.base < stop:
-            if window.end > stop:  # the record after the last one may be in sight
-                from_stop = max(stop - 1 - window.base, searched)
+        while window.base < text.stop:
+            if window.end > text.stop:  # the record after the last one may be in sight
+                from_stop = max(text.stop - 1 - window.base, searched)
                 end = window.text.find(b"\n>", from_stop, window.filled)
                 if end >= 0:
                     yield window.chunk(end + 1)
@@ -181,32 +205,98 @@ class UnitReader:
                 )
 
     @contextmanager
-    def _open_text(self, begin: int, hasher: BlockHasher) -> Iterator[_Stream]:
-        """Open the file's text at byte `begin`; the raw bytes of the unit go to the hasher."""
-        source, unit = self._source, self._unit
-        with _readable(self._path), self._path.open("rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if (status.st_size, status.st_mtime_ns) != (source.bytes, source.mtime_ns):
-                raise BadInput(
-                    f"{self._path}: changed while it was being read; run again when it is complete"
-                )
-            file.seek(begin)
-            raw = _Hashed(file, begin, unit.start, unit.stop, hasher)
-            if source.compressed:
-                buffered = io.BufferedReader(raw, _GZIP_BUFFER)
-                with gzip.GzipFile(fileobj=buffered, mode="rb") as text:
-                    yield text
+    def _open(self, start: int, stop: int, hasher: BlockHasher | None) -> Iterator[_Text | None]:
+        """Open the text of a range of the file; None if nothing begins in the range.
+
+        The raw bytes of the range go to the hasher.
+        """
+        source = self._source
+        with readable(self._path), _damage_refused(source), self._path.open("rb", 0) as file:
+            check_unchanged(self._path, file, source.bytes, source.mtime_ns)
+            raw = RawFile(file, start, stop, hasher)
+            if source.kind == "plain":
+                yield _PlainText(raw, start, stop)
             else:
-                yield raw
+                packed = self._unpack(raw, start, stop)
+                if packed is None:
+                    yield None
+                else:
+                    ahead = Ahead(packed.pieces())
+                    try:
+                        yield PieceReader(ahead)
+                    finally:
+                        ahead.close()
+                if hasher is not None:
+                    self.stretch = packed.stretch if packed is not None else None
+            raw.hash_rest()
+
+    def _unpack(self, raw: RawFile, start: int, stop: int) -> _Packed | None:
+        source = self._source
+        packed: _Packed
+        if source.kind == "zstd":
+            packed = ZstdText(raw, start, stop)
+        elif source.kind == "bgzf":
+            packed = BgzfText(raw, start, stop)
+        elif source.index is None:
+            packed = GzipText(raw)
+        else:
+            section = SeekIndex(Path(source.index), source.bytes, source.mtime_ns).section(
+                start, stop
+            )
+            if section is None:
+                return None
+            packed = GzipText(raw, section)
+        return None if packed.stretch is None else packed
+
+
+_Packed = ZstdText | BgzfText | GzipText
+
+
+class _PlainText:
+    """The text of a unit of a plain file."""
+
+    def __init__(self, raw: RawFile, start: int, stop: int) -> None:
+        self._raw = raw
+        begin = max(start - 1, 0)  # to see whether a newline stands before the range
+        raw.seek(begin)
+        self.stop = stop - begin
+
+    def readinto(self, room: Any) -> int:
+        return self._raw.readinto(room)
+
+
+_Text = _PlainText | PieceReader
+
+
+def _count_lines(text: _Text, stop: int | None) -> int:
+    """Count the newlines before a place of a text; None: those that lie in its unit."""
+    room = memoryview(bytearray(CHUNK_BYTES))
+    lines = position = 0
+    while got := text.readinto(room):
+        # a unit owns the headers behind its newlines, so its last newline is before `text.stop`
+        end = min(got, (text.stop - 1 if stop is None else stop) - position)
+        lines += bytes(room[: max(end, 0)]).count(b"\n")
+        if end < got:
+            break
+        position += got
+    return lines
+
+
+@contextmanager
+def _damage_refused(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except Damaged as error:
+        raise refuse_damaged(Path(source.path), _TOOLS[source.kind], error) from error
 
 
 class _Window:
     """A piece of a text, moved forward along it."""
 
-    def __init__(self, stream: _Stream, base: int, step: int) -> None:
-        self._stream = stream
+    def __init__(self, text: _Text, step: int) -> None:
+        self._stream = text
         self._step = step
-        self.base = base
+        self.base = 0
         """Place in the text of the first byte."""
         self.text = bytearray(2 * step + 1)
         self.filled = 0
@@ -246,112 +336,3 @@ class _Window:
 
     def chunk(self, stop: int) -> Chunk:
         return Chunk(np.frombuffer(self.text, np.uint8, stop), self.base)
-
-
-class BlockHasher:
-    """xxh3-128 of each block of fixed length of a stream of bytes (the last may be shorter)."""
-
-    def __init__(self, block_bytes: int) -> None:
-        self._block_bytes = block_bytes
-        self._done: list[str] = []
-        self._block = xxhash.xxh3_128()
-        self._length = 0
-
-    def update(self, data: bytes | memoryview) -> None:
-        """Take the next bytes."""
-        while len(data):
-            part = data[: self._block_bytes - self._length]
-            self._block.update(part)
-            self._length += len(part)
-            data = data[len(part) :]
-            if self._length == self._block_bytes:
-                self._close()
-
-    def finish(self) -> list[str]:
-        """Return the digests (hex) of all blocks."""
-        if self._length:
-            self._close()
-        return self._done
-
-    def _close(self) -> None:
-        self._done.append(self._block.hexdigest())
-        self._block.reset()
-        self._length = 0
-
-
-class _Hashed(io.RawIOBase):
-    """A raw file whose bytes in a range are hashed as they are read."""
-
-    def __init__(
-        self, file: io.FileIO, position: int, start: int, stop: int, hasher: BlockHasher
-    ) -> None:
-        self._file = file
-        self._position = position
-        self._start = start
-        self._stop = stop
-        self._hasher = hasher
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, room: Any) -> int:
-        got = self._file.readinto(room)
-        low = max(self._start - self._position, 0)
-        high = min(self._stop - self._position, got)
-        if low < high:
-            self._hasher.update(memoryview(room)[low:high])
-        self._position += got
-        return got
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what reading a file, gzip or not, may raise into a sentence for the user."""
-    again = f"copy or download it again and check it with 'gzip -t {path}'"
-    try:
-        yield
-    except EOFError as error:
-        raise BadInput(f"{path}: the gzip file ends too early: {again}") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        if "Not a gzipped file" in str(error):  # the first bytes were gzip's
-            raise BadInput(
-                f"{path}: other bytes follow the end of the gzip data: {again}"
-            ) from error
-        raise BadInput(f"{path}: the gzip file is damaged ({error}): {again}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _refuse_other_formats(path: Path, head: bytes) -> None:
-    for magic, name in _UNREADABLE.items():
-        if head.startswith(magic):
-            raise BadInput(f"{path}: is compressed with {name}")
-    if head.startswith(_GZIP_MAGIC):
-        raise BadInput(f"{path}: is compressed twice: run gunzip on it once")
-    start = head.lstrip(b"\r\n")
-    if not head:
-        raise BadInput(f"{path}: the file is empty: leave it out, or write it first")
-    if not start:
-        raise BadInput(f"{path}: holds blank lines only: leave it out, or write it first")
-    line = head[: len(head) - len(start)].count(b"\n") + 1
-    if b"\0" in head:
-        raise BadInput(f"{path}: is a binary file (or UTF-16 text), not FASTA text")
-    if start.startswith(b"\xef\xbb\xbf"):
-        raise BadInput(f"{path}: begins with a byte-order mark: save it as plain ASCII")
-    if start.startswith(b"@"):
-        raise BadInput(
-            f"{path}, line {line}: looks like FASTQ (reads with qualities), not protein FASTA: "
-            "convert it first (seqkit fq2fa) and translate it"
-        )
-    if start.startswith(b";"):
-        raise BadInput(
-            f"{path}, line {line}: comment lines are not read: remove them (grep -v '^;')"
-        )
-    if not start.startswith(b">"):
-        found = start.split(b"\n", 1)[0][:40].decode("ascii", "backslashreplace")
-        raise BadInput(
-            f"{path}, line {line}: {found!r} stands before the first '>': "
-            "FASTA begins with a header"
-        )
-    if b"\r" in start and b"\n" not in start:
-        raise BadInput(f"{path}: has old Macintosh line ends: convert it first (tr '\\r' '\\n')")

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +52,8 @@ class UnitResult:
     """Runs that hold only records of this unit and were written before its end."""
     counts: Counter[str] = field(default_factory=Counter)
     block_hashes: list[str] = field(default_factory=list)
+    stretch: dict[str, Any] | None = None
+    """`compressed.Stretch` of a compressed file that the unit has read."""
 
 
 @dataclass(kw_only=True)

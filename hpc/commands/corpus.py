@@ -66,11 +66,16 @@ def synthesize(
 @app.command(
     epilog=example(
         "prothpc preprocess uniref50.fasta.gz --output records --holdout 0.005",
-        "mpirun -n 8 prothpc preprocess bfd/*.fasta --output records --shards 6000",
+        "mpirun -n 8 prothpc preprocess bfd/ 'more/**/*.faa.zst' --output records --shards 6000",
     )
 )
 def preprocess(
-    inputs: Annotated[list[Path], typer.Argument(help="FASTA files, plain or gzip.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="FASTA files, directories with some, or quoted patterns; plain, gzip or zstd."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the record set.")],
     shards: Annotated[
         int | None, typer.Option(help="Shards of the training split [default: by input size].")
@@ -107,6 +112,12 @@ def preprocess(
         str, typer.Option(help="Of the shards: none (read in place), lz4 or zstd (smallest).")
     ] = "none",
     memory: Annotated[str, typer.Option(help="Memory per rank for collected records.")] = "1GiB",
+    gzip_index: Annotated[
+        bool | None,
+        typer.Option(
+            help="Let ranks share a gzip file by a seek index; by default, if it is there or pays."
+        ),
+    ] = None,
 ) -> None:
     """Turn FASTA into sharded Arrow records: validated, de-duplicated, shuffled, checksummed.
 
@@ -134,7 +145,7 @@ def preprocess(
         memory=parse_size(memory),
     )
     ranks = connect(world_from_environment().size)
-    manifest = generate(inputs, output, options, ranks)
+    manifest = generate(inputs, output, options, ranks, gzip_index=gzip_index)
     if ranks.rank == 0:
         print(_summary(output, manifest))
 

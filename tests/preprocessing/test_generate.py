@@ -173,8 +173,8 @@ def test_manifest_does_not_depend_on_names_or_order_of_inputs(tmp_path: Path) ->
 )
 def test_default_shards_follow_the_size_of_the_inputs(plain: int, zipped: int, shards: int) -> None:
     sources = [
-        Source(path="a", bytes=plain, mtime_ns=0, compressed=False),
-        Source(path="b", bytes=zipped, mtime_ns=0, compressed=True),
+        Source(path="a", bytes=plain, mtime_ns=0, kind="plain"),
+        Source(path="b", bytes=zipped, mtime_ns=0, kind="gzip"),
     ]
     assert default_shards(sources) == shards
 
