@@ -167,9 +167,14 @@ class LogConfig:
     """Steps between lines of the log and of metrics.jsonl."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
+    peak_tflops: float | None = None
+    """Dense peak of one device in the run's precision, TFLOP/s, which the MFU is a share of; left
+    out, it comes from the table in `hpc/flops.py`, and without an entry there is no MFU."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "every_steps")
+        if self.peak_tflops is not None:
+            _require_positive(self, "peak_tflops")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,7 @@ class Monitor:
             f"|g| {metrics['train/grad_norm']:.2f}  "
             f"{_skipped(metrics)}"
             f"{metrics['train/tokens_per_second']:,.0f} tokens/s  "
+            f"{_mfu(metrics)}"
             f"padding {metrics['train/padding']:.0%}  "
             f"data wait {metrics['train/data_wait']:.0%}  "
             f"memory {metrics['train/memory_gib']:.2f} GiB"
@@ -129,6 +130,10 @@ def peak_memory_gib(device: torch.device) -> float:
 def _skipped(metrics: dict[str, float]) -> str:
     skipped = metrics["train/skipped_steps"]
     return f"skipped {skipped:.0f}  " if skipped else ""
+
+
+def _mfu(metrics: dict[str, float]) -> str:
+    return f"MFU {metrics['train/mfu']:.1%}  " if "train/mfu" in metrics else ""
 
 
 def _duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from hpc.checkpoint import Checkpoint, CheckpointWriter
 from hpc.config import Recipe, as_dict
 from hpc.engines import Engine
 from hpc.evaluation import Evaluation
+from hpc.flops import batch_flops, peak_flops
 from hpc.monitor import Monitor, peak_memory_gib
 from hpc.phases import Inputs, Phase
 from hpc.stopping import StopSignals
@@ -35,6 +36,8 @@ class Interval:
     steps: int = 0
     tokens: float = 0.0
     slots: float = 0.0
+    flops: float = 0.0
+    """What the model computes on real tokens, on all ranks together."""
     waited: float = 0.0
     began: float = field(default_factory=time.monotonic)
 
@@ -76,6 +79,7 @@ class Trainer:
         self._writer = writer
         self._facts = facts
         self._interval = Interval()
+        self._peak = peak_flops(engine.device, recipe.train.precision, recipe.log.peak_tflops)
         self._saved_step: int | None = None
         self.step = 0
         self.optimizer_steps = optimizer_steps
@@ -198,11 +202,12 @@ class Trainer:
             error = caught
         self._interval.waited += time.monotonic() - began
         objectives = self._task.objectives
-        *counts, tokens, slots, stops, errors = self._engine.sum_over_ranks(
+        *counts, tokens, slots, flops, stops, errors = self._engine.sum_over_ranks(
             [
                 *(float(sum(batch.counts[name] for batch in batches)) for name in objectives),
                 float(sum(batch.real_tokens for batch in batches)),
                 float(sum(batch.inputs.numel() for batch in batches)),
+                sum(batch_flops(self._recipe.model, batch) for batch in batches),
                 float(signals.received is not None),
                 float(error is not None),
             ]
@@ -214,6 +219,7 @@ class Trainer:
         self.tokens += tokens
         self._interval.tokens += tokens
         self._interval.slots += slots
+        self._interval.flops += flops
         if stops:
             self._monitor.say(f"{signals.received or 'a rank was signalled'}: saving and ending")
         denominators = {
@@ -227,6 +233,7 @@ class Trainer:
         loss, waited = self._engine.sum_over_ranks([float(interval.loss), interval.waited])
         norm = self._finite_grad_norm()
         seconds = time.monotonic() - interval.began
+        flops_per_rank = interval.flops / size / seconds
         metrics = {
             "train/loss": loss / interval.steps,
             "train/lr": self._rate,
@@ -237,7 +244,10 @@ class Trainer:
             "train/padding": 1 - interval.tokens / interval.slots,
             "train/data_wait": waited / size / seconds,
             "train/memory_gib": peak_memory_gib(self._engine.device),
+            "train/tflops": flops_per_rank / 1e12,
         }
+        if self._peak is not None:
+            metrics["train/mfu"] = flops_per_rank / self._peak
         self._monitor.training(self.step, metrics)
 
     def _evaluate(self) -> Evaluation | None:

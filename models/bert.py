@@ -70,6 +70,24 @@ class BertConfig:
                 f"take a pad_id from 0 to {self.vocab_size - 1}, or a larger vocab_size"
             )
 
+    def forward_flops(self, length: int) -> int:
+        """Return the operations in the matrix products of one sequence, head included.
+
+        A multiplication and its addition count as two, as in torch's FlopCounterMode; what is no
+        matrix product (norms, softmax, activations) does not count.
+
+        Args:
+            length: tokens, without padding.
+        """
+        size = self.hidden_size
+        layer = 2 * size * (4 * size + 2 * self.intermediate_size) + 4 * length * size
+        head = 2 * size * (size + self.vocab_size)
+        return length * (self.layers * layer + head)
+
+    def training_flops(self, length: int) -> int:
+        """Return the operations of forward and backward: each product has two in its backward."""
+        return 3 * self.forward_flops(length)
+
     def _require(self, name: str, bound: str, holds: bool) -> None:
         if not holds:
             raise ValueError(f"{name} is {getattr(self, name)}: it must be {bound}")

@@ -89,6 +89,38 @@ class TransformerXLConfig:
                 "raise memory_length or set same_length = false"
             )
 
+    def forward_flops(self, length: int, lanes: int = 1, memory_length: int | None = None) -> int:
+        """Return the operations in the matrix products of a segment, head included.
+
+        A multiplication and its addition count as two, as in torch's FlopCounterMode; what is no
+        matrix product does not count. Keys that a query may not see count: products are made with
+        all of them.
+
+        Args:
+            length: of the segment.
+            lanes: segments computed together, which share the products of distances.
+            memory_length: positions remembered; None: the configuration's.
+        """
+        size, width = self.hidden_size, self.heads * self.head_size
+        keys = length + (self.memory_length if memory_length is None else memory_length)
+        attention = 2 * width * (2 * length * size + 2 * keys * size + length * (3 * keys + 1))
+        feed_forward = 4 * length * size * self.intermediate_size
+        head = 2 * length * size * self.vocab_size
+        return lanes * (self.layers * (attention + feed_forward) + head) + self._distance_flops(
+            keys
+        )
+
+    def training_flops(self, length: int, lanes: int = 1, memory_length: int | None = None) -> int:
+        """Return the operations of forward and backward: each product has two in its backward.
+
+        Those of distances have one, since sinusoids do not learn.
+        """
+        keys = length + (self.memory_length if memory_length is None else memory_length)
+        return 3 * self.forward_flops(length, lanes, memory_length) - self._distance_flops(keys)
+
+    def _distance_flops(self, keys: int) -> int:
+        return self.layers * 2 * (keys + 1) * self.hidden_size * self.heads * self.head_size
+
     def _require(self, name: str, bound: str, holds: bool) -> None:
         if not holds:
             raise ValueError(f"{name} is {getattr(self, name)}: it must be {bound}")

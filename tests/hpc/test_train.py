@@ -257,6 +257,19 @@ def test_tensorboard_gets_what_metrics_get(
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses(tmp_path))
 
 
+def test_the_log_shows_the_share_of_the_peak(
+    train: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    result = train(tmp_path, "train.stop_at_step=2", "log.peak_tflops=0.5", ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "  MFU " in result.stdout
+    for line in read_metrics(tmp_path):
+        assert line["train/mfu"] == pytest.approx(line["train/tflops"] / 0.5)
+        # 6 operations for each real token and each of 18,368 weights in products, and attention.
+        per_token = line["train/tflops"] * 1e12 * 2 / line["train/tokens_per_second"]
+        assert 6 * 18_368 < per_token < 2 * 6 * 18_368
+
+
 def test_a_terminal_shows_a_progress_bar_beside_the_lines(
     recipe_file: Path, rank_environment: dict[str, str], tmp_path: Path
 ) -> None:
