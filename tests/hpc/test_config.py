@@ -61,7 +61,7 @@ def test_a_resolved_recipe_reads_back_the_same(minimal: Path) -> None:
     [
         ("train.step=5", r"unknown key train\.step: did you mean steps\?"),
         ("trian.steps=5", r"unknown key trian: did you mean train\?"),
-        ("model.colour=5", r"unknown key model\.colour \(known: vocab_size, "),
+        ("model.colour=5", r"unknown key model\.colour \(known: name, vocab_size, "),
         ("train.steps=many", r"train\.steps = 'many': must be a whole number"),
         ("train.steps=1.5", r"train\.steps = 1\.5: must be a whole number"),
         ("train.steps=0", r"\[train\] steps = 0 must be greater than 0"),
