@@ -88,12 +88,13 @@ def generate(
         InputError: on every rank, for anything wrong with the inputs or the output directory.
     """
     ranks = ranks or Serial()
-    workspace = Workspace(Path(output))
+    _check_spill(options.spill, ranks)
+    sources = on_first_rank(ranks, lambda: _examine_all(inputs))
+    placement = Placement(options.shards or default_shards(sources), options.holdout)
+    plan = on_first_rank(ranks, lambda: _make_plan(sources, options, placement, unit_bytes))
+    workspace = Workspace(Path(output), plan)
     try:
-        sources = on_first_rank(ranks, lambda: _examine_all(inputs))
-        placement = Placement(options.shards or default_shards(sources), options.holdout)
-        plan = on_first_rank(ranks, lambda: _make_plan(sources, options, placement, unit_bytes))
-        if on_first_rank(ranks, lambda: workspace.enter(plan)):
+        if on_first_rank(ranks, workspace.enter):
             return on_first_rank(ranks, lambda: _finished(workspace.output))
         beside = workspace.output.absolute().parent
         sources = choose_indexes(ranks, sources, workspace.work, beside, gzip_index)
@@ -117,6 +118,20 @@ def default_shards(sources: Sequence[Source]) -> int:
     return min(max(MIN_SHARDS, math.ceil(text / SHARD_TEXT_BYTES)), MAX_SHARDS)
 
 
+def _check_spill(directory: Path | None, ranks: Ranks) -> None:
+    if directory is None:
+        return
+    hosts = sorted(set(ranks.allgather(socket.gethostname())))
+    if len(hosts) > 1:
+        raise InputError(
+            f"--spill {directory}: ranks run on {len(hosts)} nodes ({', '.join(hosts)}), and "
+            "each needs the spills of all: leave out --spill, so that they go to the output's "
+            "file system, or start all ranks on one node"
+        )
+    if not directory.is_dir():
+        raise InputError(f"--spill {directory}: no such directory: make it first")
+
+
 def _examine_all(inputs: Sequence[Path]) -> list[Source]:
     sources = sorted(map(examine, find_inputs(inputs)), key=lambda source: source.path)
     for first, second in pairwise(sources):
@@ -134,6 +149,7 @@ def _make_plan(
         "version": VERSION,
         "unit_bytes": unit_bytes,
         "options": record_options(options, placement),
+        "spill": None if options.spill is None else str(options.spill.resolve()),
         "inputs": [
             {"path": source.path, "bytes": source.bytes, "mtime_ns": source.mtime_ns}
             for source in sources
@@ -187,7 +203,7 @@ class _Job:
         on_first_rank(self._ranks, self._write_lookups)
 
         def work(tasks: Iterator[int]) -> list[Run]:
-            spiller = Spiller(self._workspace.work, self._placement, self._options.memory)
+            spiller = Spiller(self._workspace.spills, self._placement, self._options.memory)
             selection = open_selection(self._workspace.work, self._options, self._placement)
             progress = Progress(self._ranks.rank == 0, "map", "units", len(missing))
             with self._workspace.writing():

@@ -20,7 +20,7 @@ OnLong = Literal["keep", "drop", "split"]
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """What is done with the records. All but `memory` are part of what the record set is.
+    """What is done with the records; all but `memory` and `spill` are part of what the set is.
 
     Raises:
         InputError: if a value is out of range, or two contradict each other.
@@ -53,6 +53,10 @@ class PreprocessOptions:
     """Of the shards: "none" can be read in place, "lz4" and "zstd" are decompressed by batches."""
     memory: int = 2**30
     """Bytes of records that a rank holds at a time."""
+
+    spill: Path | None = None
+    """Directory for what is collected until all input is read, on a disk of the only node; None:
+    in the output directory."""
 
     def __post_init__(self) -> None:
         if self.shards is not None and not 1 <= self.shards <= MAX_SHARDS:
@@ -115,7 +119,9 @@ def record_options(options: PreprocessOptions, placement: Placement) -> dict[str
     Raises:
         InputError: if a file that an option names cannot be read.
     """
-    changing = {name: value for name, value in asdict(options).items() if name != "memory"}
+    changing = asdict(options)
+    for name in ("memory", "spill"):
+        del changing[name]
     return changing | {
         "shards": placement.shards,
         "holdout_by": None if options.holdout_by is None else describe_file(options.holdout_by),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from preprocessing.errors import InputError, as_typed
 from preprocessing.files import hash_file, read_checked, sync, write_checked, write_whole
 from preprocessing.records import MANIFEST, RUN, WORK, canonical_json, read_manifest
 from preprocessing.shards import Compression, Shard, build_shard
 from preprocessing.spill import Run, RunReader, usable_runs
+
+_log = logging.getLogger(__name__)
 
 _PLAN = "plan.json"
 _LOCK = "lock"
@@ -33,17 +37,27 @@ class Workspace:
     `enter`, `finish`, `discard` and `leave` are for rank 0, the others for all ranks.
     """
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.work = output / WORK
-        self._lock: int | None = None
-
-    def enter(self, plan: dict[str, Any]) -> bool:
-        """Take possession of the directory for a plan.
+    def __init__(self, output: Path, plan: dict[str, Any]) -> None:
+        """Describe the workspace.
 
         Args:
-            plan: JSON of all that the record set depends on: `inputs` (each with a `path`) and
-                `options`.
+            output: the directory.
+            plan: JSON of all that the record set depends on, `inputs` (each with a `path`) and
+                `options`; and `spill`, the directory for spills, None for `.work`.
+        """
+        self.output = output
+        self.work = output / WORK
+        self.spills = self.work
+        """Where the runs are."""
+        if plan["spill"] is not None:
+            # Nobody else's, and no other job's that this output was begun with and deleted.
+            job = canonical_json({"output": str(output.resolve()), "plan": plan})
+            self.spills = Path(plan["spill"]) / f"prothpc-{xxhash.xxh3_64_hexdigest(job)}"
+        self._plan = plan
+        self._lock: int | None = None
+
+    def enter(self) -> bool:
+        """Take possession of the directory.
 
         Returns:
             Whether the record set is finished already.
@@ -55,7 +69,7 @@ class Workspace:
             raise InputError(f"{self.output}: not a directory: choose another output")
         self.output.mkdir(parents=True, exist_ok=True)
         if (self.output / MANIFEST).exists():
-            self._compare_finished(plan)
+            self._compare_finished()
             return True
         if not self.work.is_dir() and any(self.output.iterdir()):
             raise InputError(
@@ -65,21 +79,28 @@ class Workspace:
         self.work.mkdir(exist_ok=True)
         self._take_lock()
         if (self.output / MANIFEST).exists():  # the process that had the lock has just finished
-            self._compare_finished(plan)
+            self._compare_finished()
             return True
         path = self.work / _PLAN
         if path.exists():
             started = self._read_plan()
-            if started != plan:
+            if started != self._plan:
                 raise InputError(
                     f"{self.output}: holds unfinished work for other inputs or options "
-                    f"({_difference(started, plan)}): repeat that command, choose another output "
-                    f"directory, or delete this one"
+                    f"({_difference(started, self._plan)}): repeat that command, choose another "
+                    f"output directory, or delete this one"
                 )
+            if not self.spills.is_dir():
+                _log.warning(
+                    "%s: the spills of the earlier attempt are not on this node (%s): all inputs "
+                    "are read again", self.spills.parent, socket.gethostname(),
+                )  # fmt: skip
         else:
             with self.writing():
-                write_checked(path, plan)
+                write_checked(path, self._plan)
                 sync(self.output)
+        with self.writing():
+            self.spills.mkdir(exist_ok=True)
         return False
 
     @contextmanager
@@ -98,7 +119,7 @@ class Workspace:
 
     def usable_runs(self) -> list[Run]:
         """Return the runs that an earlier attempt left; remove what is left of units cut short."""
-        return usable_runs(self.work)
+        return usable_runs(self.spills)
 
     def finished_shard(self, name: str) -> Shard | None:
         """Return what is known of a shard, if it was finished and is still what it was."""
@@ -134,18 +155,19 @@ class Workspace:
 
     def open_runs(self, runs: Sequence[Run]) -> list[RunReader]:
         """Map run files."""
-        return [RunReader(self.work / run.name) for run in runs]
+        return [RunReader(self.spills / run.name) for run in runs]
 
     def finish(self, manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         """Write what makes the record set a finished one; return the manifest as it now reads."""
         with self.writing():
             write_whole(self.output / RUN, canonical_json(run))
             write_whole(self.output / MANIFEST, canonical_json(manifest))
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.discard()
         return read_manifest(self.output)[0]
 
     def discard(self) -> None:
-        """Give up the unfinished work."""
+        """Remove what does not belong to a finished set."""
+        shutil.rmtree(self.spills, ignore_errors=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
     def leave(self) -> None:
@@ -185,7 +207,7 @@ class Workspace:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._lock = descriptor
 
-    def _compare_finished(self, plan: dict[str, Any]) -> None:
+    def _compare_finished(self) -> None:
         try:
             made_from = json.loads((self.output / RUN).read_bytes())["plan"]
         except (OSError, ValueError, KeyError) as error:
@@ -193,13 +215,14 @@ class Workspace:
                 f"{self.output}: holds a finished record set, but its {RUN} cannot be read: "
                 "choose another output directory"
             ) from error
-        if made_from != plan:
+        made_from["spill"] = self._plan["spill"]  # of no consequence any more
+        if made_from != self._plan:
             raise InputError(
                 f"{self.output}: holds a finished record set of other inputs or options "
-                f"({_difference(made_from, plan)}): choose another output directory, or delete "
-                "this one"
+                f"({_difference(made_from, self._plan)}): choose another output directory, or "
+                "delete this one"
             )
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.discard()
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -210,6 +233,8 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
             return f"{as_typed(name)} named other files then, or their content has changed"
         if before != after:
             return f"{as_typed(name)} was {before}, is now {after}"
+    if old.get("spill") != new["spill"]:
+        return f"--spill was {old.get('spill')}, is now {new['spill']}"
     before, after = ({entry["path"]: entry for entry in plan["inputs"]} for plan in (old, new))
     for path in sorted(before.keys() | after.keys()):
         if path not in after:

@@ -42,8 +42,9 @@ from preprocessing.parallel import connect
 ranks = connect(int(sys.argv[1]))
 for inputs, output, options, unit_bytes in json.loads(sys.argv[2]):
     options["exclude"] = tuple(map(Path, options.get("exclude", ())))
-    if options.get("holdout_by"):
-        options["holdout_by"] = Path(options["holdout_by"])
+    for name in ("holdout_by", "spill"):
+        if options.get(name):
+            options[name] = Path(options[name])
     try:
         generate([Path(path) for path in inputs], Path(output), PreprocessOptions(**options),
                  ranks, unit_bytes=unit_bytes)

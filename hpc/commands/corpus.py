@@ -112,6 +112,10 @@ def preprocess(
         str, typer.Option(help="Of the shards: none (read in place), lz4 or zstd (smallest).")
     ] = "none",
     memory: Annotated[str, typer.Option(help="Memory per rank for collected records.")] = "1GiB",
+    spill: Annotated[
+        Path | None,
+        typer.Option(help="Directory for spills, if all ranks are on one node [default: output]."),
+    ] = None,
     gzip_index: Annotated[
         bool | None,
         typer.Option(
@@ -143,6 +147,7 @@ def preprocess(
         dedup=dedup,
         compression=compression,  # type: ignore[arg-type]  # it checks the choice
         memory=parse_size(memory),
+        spill=spill,
     )
     ranks = connect(world_from_environment().size)
     manifest = generate(inputs, output, options, ranks, gzip_index=gzip_index)

@@ -83,7 +83,9 @@ class TestOutputDirectory:
 import sys
 from pathlib import Path
 from preprocessing.workspace import Workspace
-Workspace(Path({str(tmp_path / "set")!r})).enter({{"inputs": [], "options": {{}}}})
+Workspace(
+    Path({str(tmp_path / "set")!r}), {{"inputs": [], "options": {{}}, "spill": None}}
+).enter()
 print("inside", flush=True)
 sys.stdin.read()
 """
