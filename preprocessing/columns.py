@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,19 @@ def gather(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa.Arra
 def take(column: pa.Array, rows: np.ndarray) -> pa.Array:
     """Return the given rows (int [M]) of a column; the caller vouches for the bounds."""
     return pc.take(column, pa.array(rows), boundscheck=False)
+
+
+def cut_by_size(sizes: np.ndarray, limit: int) -> list[tuple[int, int]]:
+    """Cut N rows into ranges, in order, each of one row or of about `limit` bytes.
+
+    Args:
+        sizes: int64 [N], bytes of each row.
+        limit: bytes.
+    """
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.searchsorted(ends, np.arange(limit, total, limit)) + 1
+    return list(pairwise(np.unique([0, *cuts, len(sizes)]).tolist()))
 
 
 def key_column(keys: np.ndarray) -> pa.Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,6 +64,42 @@ def hash_file(path: Path) -> tuple[int, str]:
             hasher.update(block)
             size += len(block)
     return size, hasher.hexdigest()
+
+
+def write_all(descriptor: int, buffers: Sequence[bytes | memoryview]) -> None:
+    """Write buffers, at most 1,024, one after the other."""
+    data = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+    left = sum(map(len, data)) - os.writev(descriptor, data)
+    if left:  # a full disk, a signal, or more than 2 GiB
+        rest = memoryview(b"".join(data))[-left:]
+        while len(rest):
+            rest = rest[os.write(descriptor, rest) :]
+
+
+class Background:
+    """Does one thing after another beside its caller: what waits for a disk, mostly."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._tasks: list[Future[None]] = []
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Have a task done; raise what an earlier one raised."""
+        self._tasks = [earlier for earlier in self._tasks if not _is_done(earlier)]
+        self._tasks.append(self._thread.submit(task))
+
+    def wait(self) -> None:
+        """Return when all tasks are done; raise what one of them raised."""
+        for task in self._tasks:
+            task.result()
+        self._tasks = []
+
+
+def _is_done(task: Future[None]) -> bool:
+    if task.done():
+        task.result()
+        return True
+    return False
 
 
 class HashingFile:

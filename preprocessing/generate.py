@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from preprocessing.columns import key_column
 from preprocessing.compressed import Stretch
 from preprocessing.errors import InputError
 from preprocessing.indexing import choose_indexes
@@ -34,7 +35,7 @@ from preprocessing.progress import Progress
 from preprocessing.raw import BadInput
 from preprocessing.records import FORMAT, VERSION, RecordSet, read_manifest
 from preprocessing.selection import Selection
-from preprocessing.shards import Shard
+from preprocessing.shards import Shard, piece_bytes
 from preprocessing.sources import (
     CHUNK_BYTES,
     UNIT_BYTES,
@@ -45,7 +46,7 @@ from preprocessing.sources import (
     cut,
     examine,
 )
-from preprocessing.spill import Run, Spiller, UnitResult, total_counts
+from preprocessing.spill import Run, Spiller, UnitResult, parts_of, total_counts
 from preprocessing.workspace import Workspace
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ the 6,000 files of the ProtTrans paper, section 2.1."""
 
 MIN_SHARDS = 8
 _COMPRESSION = 2  # protein FASTA is about twice as long as its gzip or zstd file
+_EXPECTED_SHARE = 0.75  # of the memory for a part of a shard: some have more than the average
 _CHUNKS_IN_MEMORY = 16  # a chunk is at most this part of the memory budget
 
 
@@ -114,8 +116,11 @@ def generate(
 
 def default_shards(sources: Sequence[Source]) -> int:
     """Return the number of train shards for inputs when it is not given."""
-    text = sum(source.bytes * (1 if source.kind == "plain" else _COMPRESSION) for source in sources)
-    return min(max(MIN_SHARDS, math.ceil(text / SHARD_TEXT_BYTES)), MAX_SHARDS)
+    return min(max(MIN_SHARDS, math.ceil(_text_bytes(sources) / SHARD_TEXT_BYTES)), MAX_SHARDS)
+
+
+def _text_bytes(sources: Sequence[Source]) -> int:
+    return sum(source.bytes * (1 if source.kind == "plain" else _COMPRESSION) for source in sources)
 
 
 def _check_spill(directory: Path | None, ranks: Ranks) -> None:
@@ -203,15 +208,19 @@ class _Job:
         on_first_rank(self._ranks, self._write_lookups)
 
         def work(tasks: Iterator[int]) -> list[Run]:
-            spiller = Spiller(self._workspace.spills, self._placement, self._options.memory)
+            spiller = Spiller(
+                self._workspace.spills,
+                self._placement,
+                self._options.memory,
+                parts=parts_of(runs) if runs else self._shard_parts(),
+            )
             selection = open_selection(self._workspace.work, self._options, self._placement)
             progress = Progress(self._ranks.rank == 0, "map", "units", len(missing))
             with self._workspace.writing():
                 for task in tasks:
                     self._map_unit(missing[task], selection, spiller, progress)
                     progress.handed_out(task + 1)
-                spiller.flush()
-            return spiller.runs
+                return spiller.flush()
 
         for written in share_out(self._ranks, len(missing), work):
             runs += written
@@ -232,24 +241,24 @@ class _Job:
         names = [self._placement.file_name(number) for number in range(len(self._placement))]
 
         def work(tasks: Iterator[int]) -> dict[int, Shard]:
-            opened = self._workspace.open_runs(runs)
+            opened = self._workspace.open_runs(runs, self._options.memory)
             progress = Progress(self._ranks.rank == 0, "reduce", "shards", len(names))
             built = {}
-            for number in tasks:
-                shard = self._workspace.finished_shard(names[number])
-                if shard is None:
-                    with self._workspace.writing():
+            with self._workspace.writing():
+                for number in tasks:
+                    shard = self._workspace.finished_shard(names[number])
+                    if shard is None:
                         shard = self._workspace.build_shard(
                             names[number],
-                            [batch for run in opened for batch in run.of_shard(number)],
+                            opened.buckets(number),
                             dedup=self._options.dedup,
                             marks=self._options.leaves_marks,
                             compression=self._options.compression,
-                            memory=self._options.memory,
                         )
-                built[number] = shard
-                progress.add(shard.records, shard.residues)
-                progress.handed_out(number + 1)
+                    built[number] = shard
+                    progress.add(shard.records, shard.residues)
+                    progress.handed_out(number + 1)
+                self._workspace.wait()
             return built
 
         shards: dict[int, Shard] = {}
@@ -286,6 +295,11 @@ class _Job:
             )  # fmt: skip
         return manifest
 
+    def _shard_parts(self) -> int:
+        """Return into how many ranges of keys a shard is cut so that one fits the memory budget."""
+        of_shard = _text_bytes(self._sources) / self._placement.shards
+        return max(1, math.ceil(of_shard / (_EXPECTED_SHARE * piece_bytes(self._options.memory))))
+
     def _write_lookups(self) -> None:
         first_units = {unit.source: unit for unit in reversed(self._units)}
         chunks = (self._first_ids(first_units[number]) for number in range(len(self._sources)))
@@ -314,7 +328,8 @@ class _Job:
         result = UnitResult(unit=number)
         for chunk, parsed in parsed_chunks(reader, source.path, options.on_invalid):
             for rows in selection.select(parsed, result.counts):
-                spiller.add(number, rows.keys, rows.ids, rows.sequences, rows.shards)
+                columns = [key_column(rows.keys), rows.ids, rows.sequences]
+                spiller.add(number, columns, rows.shards)
             progress.add(len(parsed.ids), len(chunk.text))
         result.block_hashes = reader.block_hashes
         result.stretch = None if reader.stretch is None else asdict(reader.stretch)

@@ -94,6 +94,20 @@ class Placement:
             shard[held] = self.shards + _scale(high[held], low[held], self.holdout_shards)
         return shard
 
+    def bucket_of(self, keys: np.ndarray, shards: np.ndarray, parts: int) -> np.ndarray:
+        """Return the bucket, int64 [N]: shards are cut into `parts` ranges of keys, in order.
+
+        Args:
+            keys: uint8 [N, 16].
+            shards: int64 [N], of the keys.
+            parts: 1 or more.
+        """
+        if parts == 1:
+            return shards
+        high, low = halves(keys)
+        of_split = np.where(shards < self.shards, self.shards, self.holdout_shards)
+        return shards * parts + _scale(high, low, of_split * parts) % parts
+
     def held_out(self, keys: np.ndarray) -> np.ndarray:
         """Return bool [N]: which of the keys, uint8 [N, 16], their salted hash holds out."""
         if self.holdout == 0:
@@ -107,9 +121,9 @@ class Placement:
         return int(Fraction(self.holdout) * 2**64)
 
 
-def _scale(high: np.ndarray, low: np.ndarray, count: int) -> np.ndarray:
+def _scale(high: np.ndarray, low: np.ndarray, count: int | np.ndarray) -> np.ndarray:
     """Return floor(key * count / 2**128), exactly, for count up to 2**32; int64 [N]."""
-    factor = np.uint64(count)
+    factor = np.asarray(count).astype(np.uint64)
     carry = (low & _LOW_32) * factor >> _32
     for digit in (low >> _32, high & _LOW_32, high >> _32):
         carry = digit * factor + carry >> _32

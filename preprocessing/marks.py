@@ -30,6 +30,13 @@ def mark_columns(count: int, mark: int) -> tuple[pa.Array, pa.Array]:
     return no_text, to_binary(np.arange(count + 1, dtype=np.int32), np.full(count, mark, np.uint8))
 
 
+def mark_rows(residues: pa.Array) -> np.ndarray:
+    """Return which rows, int64 [M], of residues, binary [N], are marks."""
+    offsets, values = parts(residues)
+    short = np.flatnonzero(np.diff(offsets) == 1)
+    return short[values[offsets[short]] < _FIRST_LETTER]
+
+
 def obey_marks(keys: np.ndarray, residues: pa.Array) -> tuple[np.ndarray, Counter[str]]:
     """Find the records that stay.
 
@@ -43,8 +50,7 @@ def obey_marks(keys: np.ndarray, residues: pa.Array) -> tuple[np.ndarray, Counte
     """
     offsets, values = parts(residues)
     lengths = np.diff(offsets)
-    marks = np.flatnonzero(lengths == 1)
-    marks = marks[values[offsets[marks]] < _FIRST_LETTER]
+    marks = mark_rows(residues)
     stays = np.ones(len(keys), bool)
     stays[marks] = False
     counts: Counter[str] = Counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,16 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from preprocessing.columns import key_array, key_column, parts, take, to_binary
+from preprocessing.columns import cut_by_size, parts, take, to_binary
 from preprocessing.errors import InputError
-from preprocessing.files import HashingFile, publish
+from preprocessing.files import HashingFile
 from preprocessing.keys import halves
-from preprocessing.marks import obey_marks
+from preprocessing.marks import mark_rows, obey_marks
 from preprocessing.records import ROWS_PER_BATCH, SCHEMA
+from preprocessing.runs import Bucket, Table
 
-_PIECE_SHARE = 0.25
-"""Share of the memory budget for the records that are sorted at once: they are copied out of the
-mapped runs, twice more to compare duplicates, and once to be written."""
+_PIECE_SHARE = 0.3
+"""Share of the memory budget for the records that are sorted at once."""
+
+_PIECE_BYTES = 128 * 2**20
+"""More of them at once is not faster."""
+
+_COMPARE_BYTES = 2**20
+"""As much is compared at a time to find equal sequences."""
 
 _MAX_BATCH_RESIDUES = 2**31 - 1  # offsets of list<uint8> are 32-bit
 
@@ -50,49 +56,43 @@ class Shard:
     """Records and residues that are not in it, by reason: `duplicate.records` and so on."""
 
 
+def piece_bytes(memory: int) -> int:
+    """Return how many bytes of records may be sorted at once, of a memory budget."""
+    return min(int(memory * _PIECE_SHARE), _PIECE_BYTES)
+
+
 def build_shard(
     path: Path,
     temporary: Path,
-    segments: Sequence[pa.RecordBatch],
+    buckets: Iterable[Bucket],
     *,
     dedup: bool,
     marks: bool,
     compression: Compression,
-    memory: int,
 ) -> Shard:
-    """Write the shard `path`.
+    """Write the shard `path` under a temporary name.
 
     Args:
         path: the shard file.
-        temporary: where it is written until it is whole; on the same file system.
-        segments: its records (columns `spill.RUN_COLUMNS`); each segment is sorted by key.
+        temporary: where it is written.
+        buckets: its records, in the order of their keys.
         dedup: whether of equal sequences only the one with the smallest id is kept.
         marks: whether there may be marks among the records.
         compression: of the record batches.
-        memory: bytes to be used, about.
 
     Raises:
-        InputError: if 4,096 records in a row have more than 2 GiB of residues.
+        InputError: if 4,096 records in a row have more than 2 GiB of residues, or a run is damaged.
     """
     writer = _ShardWriter(temporary, compression)
     left_out: Counter[str] = Counter()
-    for piece in _pieces(segments, int(memory * _PIECE_SHARE)):
-        keys, ids, residues = _concatenate(piece)
-        if marks:
-            rows, kept_out = obey_marks(keys, residues)
-            keys, ids, residues = keys[rows], take(ids, rows), take(residues, rows)
-            left_out.update(kept_out)
-        order, duplicates = _sort(keys, ids, residues)
+    for bucket in buckets:
+        table = _settle(bucket, dedup, marks, left_out)
+        order, duplicates = _sort(table)
         if dedup:
-            dropped = order[duplicates]
-            offsets, _ = parts(residues)
-            lengths = offsets[dropped + 1] - offsets[dropped]
-            left_out["duplicate.records"] += len(dropped)
-            left_out["duplicate.residues"] += int(lengths.sum())
+            _count_duplicates(table, order[duplicates], left_out)
             order = order[~duplicates]
-        writer.append(keys, ids, residues, order)
+        writer.append(table, order)
     writer.close()
-    publish(temporary, path)
     return Shard(
         name=path.name,
         first_key=writer.first_key,
@@ -104,48 +104,53 @@ def build_shard(
     )
 
 
-def _pieces(segments: Sequence[pa.RecordBatch], limit: int) -> Iterator[list[pa.RecordBatch]]:
-    """Cut a shard's segments at common keys, so that a piece has about `limit` bytes."""
-    segments = [segment for segment in segments if len(segment)]
-    if not segments:
-        return
-    size = sum(segment.get_total_buffer_size() for segment in segments)
-    count = -(-size // limit)
-    heads = [halves(key_array(segment.column(0)))[0] for segment in segments]
-    first = int(min(head[0] for head in heads))
-    last = int(max(head[-1] for head in heads))
-    # Keys are spread evenly; equal keys have equal heads and stay together.
-    borders = [first + (last - first) * number // count for number in range(1, count)]
-    cuts = [
-        [0, *np.searchsorted(head, np.array(borders, np.uint64)).tolist(), len(head)]
-        for head in heads
-    ]
-    for number in range(count):
-        piece = [
-            segment.slice(cut[number], cut[number + 1] - cut[number])
-            for segment, cut in zip(segments, cuts, strict=True)
-            if cut[number] < cut[number + 1]
-        ]
-        if piece:
-            yield piece
+def _settle(bucket: Bucket, dedup: bool, marks: bool, left_out: Counter[str]) -> Table:
+    """Return a bucket's records without those that marks keep out.
+
+    Many equal sequences, or more records than were expected, may make a bucket larger than memory:
+    then it is read in portions, of which only one record of each sequence stays.
+    """
+    of_bucket = Table.concat(
+        [table.take(mark_rows(table.residues)) for table in bucket.portions()]
+    ) if marks and bucket.is_large else None  # fmt: skip
+    kept: list[Table] = []
+    for table in bucket.portions():
+        if of_bucket is not None:
+            rows = np.arange(table.rows)
+            table = table.take(np.delete(rows, mark_rows(table.residues)))
+            table = Table.concat([table, of_bucket])
+        if marks:
+            rows, kept_out = obey_marks(table.keys, table.residues)
+            table = table.take(rows)
+            left_out.update(kept_out)
+        if not bucket.is_large:
+            return table
+        kept.append(table.take(np.arange(table.rows)) if not marks else table)
+        if dedup:
+            together = Table.concat(kept)
+            order, duplicates = _sort(together)
+            _count_duplicates(together, order[duplicates], left_out)
+            kept = [together.take(order[~duplicates])]
+    return Table.concat(kept)
 
 
-def _concatenate(piece: list[pa.RecordBatch]) -> tuple[np.ndarray, pa.Array, pa.Array]:
-    keys = np.concatenate([key_array(segment.column(0)) for segment in piece])
-    ids = pa.concat_arrays([segment.column(1) for segment in piece])
-    residues = pa.concat_arrays([segment.column(2) for segment in piece])
-    return keys, ids, residues
+def _count_duplicates(table: Table, rows: np.ndarray, left_out: Counter[str]) -> None:
+    offsets, _ = parts(table.residues)
+    left_out["duplicate.records"] += len(rows)
+    left_out["duplicate.residues"] += int((offsets[rows + 1] - offsets[rows]).sum())
 
 
-def _sort(keys: np.ndarray, ids: pa.Array, residues: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+def _sort(table: Table) -> tuple[np.ndarray, np.ndarray]:
     """Sort by key, residues and id.
 
     Returns:
         The rows in order, int [N], and which of those are equal to the row before, bool [N].
     """
-    high, low = halves(keys)
+    high, low = halves(table.keys)
+    ids, residues = table.ids, table.residues
     order = np.argsort(high)
-    same = high[order[1:]] == high[order[:-1]]
+    in_order = high[order]
+    same = in_order[1:] == in_order[:-1]
     duplicates = np.zeros(len(order), bool)
     if not same.any():
         return order, duplicates
@@ -153,9 +158,9 @@ def _sort(keys: np.ndarray, ids: pa.Array, residues: pa.Array) -> tuple[np.ndarr
     # Rows that share the key's high half are put in order among themselves.
     places = np.flatnonzero(np.append(same, False) | np.insert(same, 0, False))
     rows = order[places]
-    table = pa.table({"high": high[rows], "low": low[rows], "id": take(ids, rows)})
-    columns = [(name, "ascending") for name in table.column_names]
-    rows = rows[pc.sort_indices(table, sort_keys=columns).to_numpy()]
+    keys = pa.table({"high": high[rows], "low": low[rows], "id": take(ids, rows)})
+    columns = [(name, "ascending") for name in keys.column_names]
+    rows = rows[pc.sort_indices(keys, sort_keys=columns).to_numpy()]
     equal_keys, equal = _compare_with_previous(rows, high, low, residues)
     if not np.array_equal(equal_keys, equal):  # two sequences, one key: never seen, but correct
         rows = np.array(
@@ -174,8 +179,12 @@ def _compare_with_previous(
     equal_keys = (high[rows[1:]] == high[rows[:-1]]) & (low[rows[1:]] == low[rows[:-1]])
     equal = np.zeros(len(equal_keys), bool)
     pairs = np.flatnonzero(equal_keys)
-    same_text = pc.equal(take(residues, rows[pairs]), take(residues, rows[pairs + 1]))
-    equal[pairs] = same_text.to_numpy(zero_copy_only=False)
+    offsets, _ = parts(residues)
+    sizes = np.diff(offsets)[rows[pairs]].astype(np.int64)
+    for first, last in cut_by_size(sizes, _COMPARE_BYTES):
+        some = pairs[first:last]
+        same_text = pc.equal(take(residues, rows[some]), take(residues, rows[some + 1]))
+        equal[some] = same_text.to_numpy(zero_copy_only=False)
     return equal_keys, equal
 
 
@@ -186,20 +195,18 @@ class _ShardWriter:
         self.file = HashingFile(path)
         options = pa.ipc.IpcWriteOptions(compression=_CODECS[compression], use_threads=False)
         self._writer = pa.ipc.new_file(self.file, SCHEMA, options=options)
-        self._left: list[tuple[np.ndarray, pa.Array, pa.Array]] = []
+        self._left: list[Table] = []
         self._rows_left = 0
         self.first_key: str | None = None
         self.records = 0
         self.residues = 0
 
-    def append(
-        self, keys: np.ndarray, ids: pa.Array, residues: pa.Array, order: np.ndarray
-    ) -> None:
-        """Write the rows `order` of the columns; those that fill no batch wait for the next."""
+    def append(self, table: Table, order: np.ndarray) -> None:
+        """Write the rows `order` of a table; those that fill no batch wait for the next."""
         start = 0
         while start < len(order):
             rows = order[start : start + ROWS_PER_BATCH - self._rows_left]
-            self._left.append((keys[rows], take(ids, rows), take(residues, rows)))
+            self._left.append(table.take(rows))
             self._rows_left += len(rows)
             start += len(rows)
             if self._rows_left == ROWS_PER_BATCH:
@@ -213,34 +220,37 @@ class _ShardWriter:
         self.file.close()
 
     def _write_batch(self) -> None:
-        keys = np.concatenate([part[0] for part in self._left])
-        ids = pa.concat_arrays([part[1] for part in self._left])
-        residues = pa.concat_arrays([part[2] for part in self._left])
-        self._left, self._rows_left = [], 0
-        if self.first_key is None:
-            self.first_key = keys[0].tobytes().hex()
-        offsets, values = parts(residues)
-        if offsets[-1] > _MAX_BATCH_RESIDUES:
+        rows = self._rows_left
+        residues = sum(_residues(table) for table in self._left)
+        if residues > _MAX_BATCH_RESIDUES:
             raise InputError(
-                f"{len(keys)} records have {offsets[-1]:,} residues, more than a batch can hold: "
+                f"{rows} records have {residues:,} residues, more than a batch can hold: "
                 "are these proteins? Leave out what is not with --max-length"
             )
-        self._writer.write_batch(_batch(keys, ids, offsets, values))
-        self.records += len(keys)
-        self.residues += int(offsets[-1])
+        table = self._left[0] if len(self._left) == 1 else Table.concat(self._left)
+        self._left, self._rows_left = [], 0
+        if self.first_key is None:
+            self.first_key = table.keys[0].tobytes().hex()
+        self._writer.write_batch(_batch(table))
+        self.records += rows
+        self.residues += residues
 
 
-def _batch(
-    keys: np.ndarray, ids: pa.Array, offsets: np.ndarray, values: np.ndarray
-) -> pa.RecordBatch:
+def _residues(table: Table) -> int:
+    offsets, _ = parts(table.residues)
+    return int(offsets[-1]) - int(offsets[0])
+
+
+def _batch(table: Table) -> pa.RecordBatch:
     """Make a batch from exactly the buffers that are needed: its bytes depend on nothing else."""
-    id_offsets, id_values = parts(ids)
-    names = to_binary(id_offsets.astype(np.int32), id_values[: id_offsets[-1]])
+    id_offsets, id_values = parts(table.ids)
+    names = to_binary(id_offsets, id_values[: id_offsets[-1]])
+    offsets, values = parts(table.residues)
     tokens = pa.Array.from_buffers(
         SCHEMA.field("tokens").type,
-        len(keys),
-        [None, pa.py_buffer(offsets.astype(np.int32))],
+        table.rows,
+        [None, pa.py_buffer(offsets)],
         null_count=0,
         children=[pa.array(values[: offsets[-1]])],
     )
-    return pa.record_batch([key_column(keys), names.view(pa.string()), tokens], schema=SCHEMA)
+    return pa.record_batch([table.columns[0], names.view(pa.string()), tokens], schema=SCHEMA)

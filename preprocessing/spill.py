@@ -1,46 +1,46 @@
-"""Runs: what the map phase leaves for the reduce phase.
+"""The map phase's last step: records are put into buckets and written as runs.
 
-A rank collects parsed records up to its memory budget, then writes them as one *run*: an Arrow
-file, sorted by shard and key, in which no record batch has rows of two shards. A run says in its
-schema which units of work it finishes. It gets its name when it is whole and on the disk. What it
-says of itself and each of its batches have a checksum, so that nothing that went bad on the disk
-gets into a shard.
+A rank collects parsed records until each bucket has enough of them for a segment that a disk reads
+well, or until its memory budget is used; then it sorts them by bucket and appends them to its run.
+A run ends with the end of a unit of work. It gets its name when it is whole and on the disk, so
+that a restart finds whole units only.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
-from preprocessing.columns import key_column, open_arrow, parts, take, to_binary
+from preprocessing.columns import cut_by_size, key_array, key_column, parts, to_binary
 from preprocessing.errors import InputError
-from preprocessing.files import publish
-from preprocessing.keys import KEY_BYTES, Placement, halves
+from preprocessing.files import Background, publish
+from preprocessing.keys import Placement
+from preprocessing.runs import RUN_COLUMNS, DamagedRun, RunReader, RunWriter, Table
 
-RUN_COLUMNS = [
-    pa.field("key", pa.binary(KEY_BYTES), nullable=False),
-    pa.field("id", pa.large_binary(), nullable=False),
-    pa.field("residues", pa.large_binary(), nullable=False),
-]
+_RUN_BYTES = 512 * 2**20
+"""A run ends with the first unit that makes it as long (or as long as the collected records may
+be): a restart repeats about this much, and a job has one file for as much of its input."""
 
-_ROWS_PER_BATCH = 4096
-"""As many rows are put in order at a time: they then stay in the cache until they are written."""
+_SEGMENT_BYTES = 128 * 2**10
+"""As much of each bucket is collected, memory permitting: disks and parallel file systems read
+pieces of this size nearly as fast as long ones."""
 
-_ROW_BYTES = 80
-"""Memory that a row costs besides its text: key 16, two offsets 16, shard 4, and while a run is
-sorted the key's halves, the shard again and the order, 44."""
+_GROUP_BYTES = 2**20
+"""As much is put in order at a time: it then stays in the cache until it is written."""
 
-_BUFFER_SHARE = 0.75
-"""Share of the memory budget for collected records; the rest is for what is being written."""
+_ROW_BYTES = 48
+"""Memory that a row costs besides its values: bucket 8, and while rows are sorted their order,
+buckets in order, and running sums of their bytes, 40."""
+
+_BUFFER_SHARE = 0.5
+"""Share of the memory budget for collected records; the rest is for what is being parsed and
+written."""
 
 
 @dataclass(kw_only=True)
@@ -48,8 +48,6 @@ class UnitResult:
     """What became of a unit of work."""
 
     unit: int
-    pieces: int = 0
-    """Runs that hold only records of this unit and were written before its end."""
     counts: Counter[str] = field(default_factory=Counter)
     block_hashes: list[str] = field(default_factory=list)
     stretch: dict[str, Any] | None = None
@@ -61,8 +59,10 @@ class Run:
     """A finished run file."""
 
     name: str
+    parts: int
+    """Buckets of a shard."""
     finished: list[UnitResult]
-    """Units of which this run holds the last records; empty in a piece of a long unit."""
+    """The units of which it holds the records."""
 
 
 def total_counts(runs: Iterable[Run]) -> Counter[str]:
@@ -77,227 +77,213 @@ def total_counts(runs: Iterable[Run]) -> Counter[str]:
 class Spiller:
     """Collects the records of one rank and writes them as runs."""
 
-    def __init__(self, directory: Path, placement: Placement, memory: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        placement: Placement,
+        memory: int,
+        *,
+        parts: int = 1,
+        schema: pa.Schema = RUN_COLUMNS,
+    ) -> None:
+        """Begin.
+
+        Args:
+            directory: where runs are written.
+            placement: of the records.
+            memory: bytes to be used, about.
+            parts: buckets of a shard.
+            schema: columns of the runs, see `RUN_COLUMNS`.
+        """
         self._directory = directory
         self._placement = placement
-        self._capacity = int(memory * _BUFFER_SHARE)
-        rows = self._capacity // _ROW_BYTES + 1
+        self._parts = parts
+        self._memory = int(memory * _BUFFER_SHARE)
+        self._capacity = min(self._memory, len(placement) * parts * _SEGMENT_BYTES)
+        fixed = [0 if pa.types.is_binary(f.type) else f.type.byte_width for f in schema]
+        self._row_bytes = _ROW_BYTES + sum(width or 8 for width in fixed)
+        rows = self._capacity // self._row_bytes + 1
         # Memory that is not written to costs nothing, so each column may reserve all of it.
-        self._keys = np.empty((rows, KEY_BYTES), np.uint8)
-        self._shards = np.empty(rows, np.int32)
-        self._ids = _Texts(rows, self._capacity)
-        self._residues = _Texts(rows, self._capacity)
+        self._columns: list[_Texts | _Values] = [
+            _Values(rows, width) if width else _Texts(rows, self._capacity) for width in fixed
+        ]
+        self._buckets = np.empty(rows, np.int64)
         self._rows = 0
+        self._unit = 0
+        self._run: RunWriter | None = None
         self._finished: list[UnitResult] = []
-        self._finished_rows = 0
-        self._pieces = 0
-        self.runs: list[Run] = []
-        """The runs written so far."""
+        self._background = Background()
+        self._runs: list[Run] = []
 
-    def add(
-        self, unit: int, keys: np.ndarray, ids: pa.Array, sequences: pa.Array, shards: np.ndarray
-    ) -> None:
+    def add(self, unit: int, columns: Sequence[pa.Array], shards: np.ndarray) -> None:
         """Add records of the unit at work.
 
         Args:
-            unit: number of the unit.
-            keys: uint8 [N, 16].
-            ids: binary [N].
-            sequences: binary [N].
-            shards: int [N], where each belongs; within a split they follow the keys.
+            unit: its number.
+            columns: [N] each, as the schema says.
+            shards: int64 [N], where each belongs; within a split they follow the keys.
 
         Raises:
-            InputError: if they alone are more than the memory budget.
+            InputError: if one of them is more than the memory budget.
         """
-        id_offsets, id_values = parts(ids)
-        offsets, residues = parts(sequences)
-        size = _ROW_BYTES * len(keys) + sum(
-            int(bounds[-1]) - int(bounds[0]) for bounds in (id_offsets, offsets)
-        )
+        self._unit = unit
+        table = Table(tuple(columns))
+        buckets = self._placement.bucket_of(table.keys, shards, self._parts)
+        size = self._row_bytes * table.rows + sum(map(_text_bytes, columns))
+        if size > self._memory:
+            raise InputError(
+                f"records of {size:,} bytes do not fit the memory budget ({self._memory:,} bytes "
+                "of it are for them): raise --memory"
+            )
         if self._used() + size > self._capacity:
-            if self._finished_rows:
-                self._write_finished()
-            if self._used() + size > self._capacity and self._rows:
-                self._write(f"run-{unit:06d}-{self._pieces:04d}.arrow", self._rows, [])
-                self._pieces += 1
-            if size > self._capacity:
-                raise InputError(
-                    f"records of {size:,} bytes do not fit the memory budget "
-                    f"({self._capacity:,} bytes of it are for them): raise --memory"
-                )
-        self._keys[self._rows : self._rows + len(keys)] = keys
-        self._shards[self._rows : self._rows + len(keys)] = shards
-        self._ids.append(self._rows, id_offsets, id_values)
-        self._residues.append(self._rows, offsets, residues)
-        self._rows += len(keys)
+            self._write_collected()
+        if size > self._capacity // 2:
+            self._write(table, buckets)
+            return
+        for mine, column in zip(self._columns, columns, strict=True):
+            mine.append(self._rows, column)
+        self._buckets[self._rows : self._rows + table.rows] = buckets
+        self._rows += table.rows
 
     def end_unit(self, result: UnitResult) -> None:
         """Take note that all records of a unit were added."""
-        result.pieces = self._pieces
         self._finished.append(result)
-        self._finished_rows = self._rows
-        if self._pieces:  # the run with its last records holds no other unit
-            self._write_finished()
-            self._pieces = 0
+        written = self._run.bytes if self._run is not None else 0
+        if written + self._used() >= min(_RUN_BYTES, self._memory):
+            self._end_run()
 
-    def flush(self) -> None:
-        """Write what the finished units left."""
+    def flush(self) -> list[Run]:
+        """Write what is left; return all runs, which are then on the disk."""
         if self._finished:
-            self._write_finished()
+            self._end_run()
+        self._background.wait()
+        return self._runs
 
     def _used(self) -> int:
-        return (
-            self._rows * _ROW_BYTES + self._ids.bytes(self._rows) + self._residues.bytes(self._rows)
-        )
+        texts = sum(column.bytes(self._rows) for column in self._columns)
+        return self._rows * self._row_bytes + texts
 
-    def _write_finished(self) -> None:
-        name = f"run-{self._finished[0].unit:06d}-{self._pieces:04d}.arrow"
-        self._write(name, self._finished_rows, self._finished)
-        self._finished, self._finished_rows = [], 0
+    def _write_collected(self) -> None:
+        if self._rows:
+            table = Table(tuple(column.column(self._rows) for column in self._columns))
+            self._write(table, self._buckets[: self._rows])
+            self._rows = 0
 
-    def _write(self, name: str, rows: int, finished: list[UnitResult]) -> None:
-        """Write the first `rows` rows and keep the others."""
-        run = Run(name=name, finished=finished)
-        keys = self._keys[:rows]
-        ids, residues = self._ids.column(rows), self._residues.column(rows)
-        order, bounds = sort_into_shards(keys, self._shards[:rows], self._placement)
-        starts = [range(a, b, _ROWS_PER_BATCH) for a, b in pairwise(bounds.tolist())]
-        about = {
-            "name": name,
-            "finished": [vars(result) for result in finished],
-            "batches": [len(of_shard) for of_shard in starts],
-        }
-        text = json.dumps(about).encode()
-        schema = pa.schema(RUN_COLUMNS, {"run": text, "checksum": xxhash.xxh3_64_hexdigest(text)})
-        path = self._directory / name
-        temporary = path.with_suffix(".tmp")
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for number, (start, stop) in enumerate(pairwise([*chain(*starts), rows])):
-                these = order[start:stop]
-                columns = [key_column(keys[these]), take(ids, these), take(residues, these)]
-                batch = pa.record_batch(columns, schema=schema)
-                writer.write_batch(batch, {"checksum": _checksum(number, batch)})
-        publish(temporary, path)
-        self.runs.append(run)
-        left = self._rows - rows
-        self._keys[:left] = self._keys[rows : self._rows]
-        self._shards[:left] = self._shards[rows : self._rows]
-        self._ids.discard(rows, self._rows)
-        self._residues.discard(rows, self._rows)
-        self._rows = left
+    def _write(self, table: Table, buckets: np.ndarray) -> None:
+        """Append rows to the run, sorted by bucket."""
+        run = self._open_run()
+        order = np.argsort(buckets)
+        sorted_buckets = buckets[order]
+        borders = np.flatnonzero(sorted_buckets[1:] != sorted_buckets[:-1]) + 1
+        for first, last in cut_by_size(_text_sizes(table)[order], _GROUP_BYTES):
+            inside = borders[np.searchsorted(borders, first, "right") :]
+            starts = [first, *inside[: np.searchsorted(inside, last)].tolist()]
+            run.write(
+                table.take(order[first:last]),
+                sorted_buckets[starts].tolist(),
+                [start - first for start in (*starts, last)],
+            )
 
+    def _open_run(self) -> RunWriter:
+        if self._run is None:
+            self._run = RunWriter(self._path().with_suffix(".tmp"))
+        return self._run
 
-def _checksum(number: int, batch: pa.RecordBatch) -> str:
-    """Return the xxh3-64 (hex) of a run's batch and its place."""
-    hasher = xxhash.xxh3_64(f"{number} {batch.num_rows}".encode())
-    for column in batch.columns:
-        for buffer in column.buffers()[1:]:  # the first is for nulls, and there are none
-            hasher.update(buffer)
-    return hasher.hexdigest()
+    def _path(self) -> Path:
+        first = self._finished[0].unit if self._finished else self._unit
+        return self._directory / f"run-{first:06d}.run"
+
+    def _end_run(self) -> None:
+        self._write_collected()
+        run, path, finished = self._open_run(), self._path(), self._finished
+        run.close({"parts": self._parts, "finished": [vars(result) for result in finished]})
+        self._background.submit(lambda: publish(path.with_suffix(".tmp"), path))
+        self._runs.append(Run(name=path.name, parts=self._parts, finished=finished))
+        self._run, self._finished = None, []
 
 
-class RunReader:
-    """A run file, mapped into memory."""
+class _Values:
+    """A column of values of fixed width that grows in memory reserved beforehand."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._reader = open_arrow(path)
-        about = json.loads(self._reader.schema.metadata[b"run"])
-        self._first_batch = [0, *accumulate(about["batches"])]
+    def __init__(self, rows: int, width: int) -> None:
+        self._values = np.empty((rows, width), np.uint8)
 
-    def of_shard(self, number: int) -> list[pa.RecordBatch]:
-        """Return the records of a shard (columns `RUN_COLUMNS`), each batch sorted by key.
+    def bytes(self, rows: int) -> int:
+        return 0  # counted by the row
 
-        Raises:
-            InputError: if they are not what was written; the run is then removed, so that the
-                next attempt makes it anew.
-        """
-        first, last = self._first_batch[number : number + 2]
-        try:
-            return [self._checked(batch) for batch in range(first, last)]
-        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-            self._path.unlink(missing_ok=True)
-            raise InputError(
-                f"{self._path}: went bad on the disk ({error}) and was removed: run the same "
-                "command again, it makes the file anew; check the disk if this comes back"
-            ) from error
+    def append(self, rows: int, column: pa.Array) -> None:
+        """Add values behind the first `rows`."""
+        self._values[rows : rows + len(column)] = key_array(column)
 
-    def _checked(self, number: int) -> pa.RecordBatch:
-        batch, about = self._reader.get_batch_with_custom_metadata(number)
-        if about[b"checksum"].decode() != _checksum(number, batch):
-            raise ValueError(f"batch {number} has another checksum")
-        return batch
+    def column(self, rows: int) -> pa.Array:
+        """Return the first `rows` values, without a copy."""
+        return key_column(self._values[:rows])
 
 
 class _Texts:
     """A column of texts that grows in memory reserved beforehand."""
 
     def __init__(self, rows: int, capacity: int) -> None:
-        self._offsets = np.zeros(rows + 1, np.int64)
+        self._offsets = np.zeros(rows + 1, np.int32 if capacity < 2**31 else np.int64)
         self._values = np.empty(capacity, np.uint8)
 
     def bytes(self, rows: int) -> int:
         return int(self._offsets[rows])
 
-    def append(self, rows: int, offsets: np.ndarray, values: np.ndarray) -> None:
+    def append(self, rows: int, column: pa.Array) -> None:
         """Add texts behind the first `rows`."""
-        first, start = int(offsets[0]), self.bytes(rows)
-        stop = start + int(offsets[-1]) - first
-        self._values[start:stop] = values[first : int(offsets[-1])]
-        self._offsets[rows + 1 : rows + len(offsets)] = offsets[1:].astype(np.int64) + (
-            start - first
-        )
+        offsets, values = parts(column)
+        first, last, start = int(offsets[0]), int(offsets[-1]), self.bytes(rows)
+        self._values[start : start + last - first] = values[first:last]
+        self._offsets[rows + 1 : rows + len(offsets)] = offsets[1:] + (start - first)
 
     def column(self, rows: int) -> pa.Array:
-        """Return the first `rows` texts as large_binary, without a copy."""
+        """Return the first `rows` texts, without a copy."""
         return to_binary(self._offsets[: rows + 1], self._values[: self.bytes(rows)])
 
-    def discard(self, first: int, rows: int) -> None:
-        """Drop the first texts of `rows`."""
-        start, stop = self.bytes(first), self.bytes(rows)
-        self._values[: stop - start] = self._values[start:stop]
-        self._offsets[: rows - first + 1] = self._offsets[first : rows + 1] - start
+
+def _text_sizes(table: Table) -> np.ndarray:
+    """Return the bytes of all texts of each row, int64 [N]."""
+    sizes = np.zeros(table.rows, np.int64)
+    for column in table.columns:
+        if not pa.types.is_fixed_size_binary(column.type):
+            sizes += np.diff(parts(column)[0])
+    return sizes
 
 
-def sort_into_shards(
-    keys: np.ndarray, shard: np.ndarray, placement: Placement
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows, int64 [N], by shard and key, and where each shard begins, [shards + 1]."""
-    high, low = halves(keys)
-    order = np.argsort(high)
-    held = shard[order] >= placement.shards
-    order = np.concatenate([order[~held], order[held]])
-    if np.any(np.diff(shard[order]) < 0):  # keys that differ in the low half, across a border
-        order = np.lexsort((low, high, shard))
-    return order, np.searchsorted(shard[order], np.arange(len(placement) + 1))
+def _text_bytes(column: pa.Array) -> int:
+    if pa.types.is_fixed_size_binary(column.type):
+        return 0
+    offsets, _ = parts(column)
+    return int(offsets[-1]) - int(offsets[0])
+
+
+def parts_of(runs: Sequence[Run]) -> int:
+    """Return the number of buckets of a shard in the runs of a job."""
+    return runs[0].parts if runs else 1
 
 
 def usable_runs(directory: Path) -> list[Run]:
     """Read which runs of an interrupted job can be used, and remove the others."""
-    found = {path.name: _read_about(path) for path in directory.glob("run-*.arrow")}
-    usable: dict[str, Run] = {}
-    for name, run in found.items():
-        if run is None or not run.finished:
-            continue
-        first = run.finished[0]
-        pieces = [f"run-{first.unit:06d}-{number:04d}.arrow" for number in range(first.pieces)]
-        if all(found.get(piece) is not None for piece in pieces):
-            usable |= {piece: found[piece] for piece in [*pieces, name]}  # type: ignore[misc]
-    for name in found.keys() - usable.keys():
-        (directory / name).unlink()
-    return [usable[name] for name in sorted(usable)]
+    for path in directory.glob("run-*.tmp"):
+        path.unlink()
+    runs = []
+    for path in sorted(directory.glob("run-*.run")):
+        run = _read_about(path)
+        if run is None:  # its units are done again
+            path.unlink()
+        else:
+            runs.append(run)
+    return runs
 
 
 def _read_about(path: Path) -> Run | None:
     try:
-        schema = open_arrow(path).schema
-        text = schema.metadata[b"run"]
-        if xxhash.xxh3_64_hexdigest(text).encode() != schema.metadata[b"checksum"]:
-            return None
-        about = json.loads(text)
+        about = RunReader(path).about
         finished = [UnitResult(**unit) for unit in about["finished"]]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
-        return None  # damaged: its units are done again
+        run = Run(name=path.name, parts=about["parts"], finished=finished)
+    except (DamagedRun, KeyError, TypeError):
+        return None
     for unit in finished:
         unit.counts = Counter(unit.counts)
-    return Run(name=about["name"], finished=finished)
+    return run

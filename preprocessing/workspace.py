@@ -9,20 +9,28 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import xxhash
 
 from preprocessing.errors import InputError, as_typed
-from preprocessing.files import hash_file, read_checked, sync, write_checked, write_whole
+from preprocessing.files import (
+    Background,
+    hash_file,
+    publish,
+    read_checked,
+    sync,
+    write_checked,
+    write_whole,
+)
 from preprocessing.records import MANIFEST, RUN, WORK, canonical_json, read_manifest
-from preprocessing.shards import Compression, Shard, build_shard
-from preprocessing.spill import Run, RunReader, usable_runs
+from preprocessing.runs import Bucket, RunSet
+from preprocessing.shards import Compression, Shard, build_shard, piece_bytes
+from preprocessing.spill import Run, parts_of, usable_runs
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +63,7 @@ class Workspace:
             self.spills = Path(plan["spill"]) / f"prothpc-{xxhash.xxh3_64_hexdigest(job)}"
         self._plan = plan
         self._lock: int | None = None
+        self._background = Background()
 
     def enter(self) -> bool:
         """Take possession of the directory.
@@ -133,29 +142,33 @@ class Workspace:
     def build_shard(
         self,
         name: str,
-        segments: Sequence[pa.RecordBatch],
+        buckets: Iterable[Bucket],
         *,
         dedup: bool,
         marks: bool,
         compression: Compression,
-        memory: int,
     ) -> Shard:
-        """Make a shard and take note of it."""
+        """Make a shard; it is finished, and noted to be, when `wait` has returned."""
+        temporary = self.work / f"{name}.tmp"
         shard = build_shard(
             self.output / name,
-            self.work / f"{name}.tmp",
-            segments,
+            temporary,
+            buckets,
             dedup=dedup,
             marks=marks,
             compression=compression,
-            memory=memory,
         )
-        write_checked(self._shard_note(name), asdict(shard))
+        self._background.submit(lambda: self._publish(temporary, shard))
         return shard
 
-    def open_runs(self, runs: Sequence[Run]) -> list[RunReader]:
-        """Map run files."""
-        return [RunReader(self.spills / run.name) for run in runs]
+    def wait(self) -> None:
+        """Wait until what was built is on the disk."""
+        self._background.wait()
+
+    def open_runs(self, runs: Sequence[Run], memory: int) -> RunSet:
+        """Open run files for a memory budget."""
+        paths = [self.spills / run.name for run in runs]
+        return RunSet(paths, parts=parts_of(runs), limit=piece_bytes(memory))
 
     def finish(self, manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         """Write what makes the record set a finished one; return the manifest as it now reads."""
@@ -185,6 +198,10 @@ class Workspace:
                 f"{path}: damaged, so nothing is known of the work in {self.output}: delete this "
                 "directory and run the command again"
             ) from error
+
+    def _publish(self, temporary: Path, shard: Shard) -> None:
+        publish(temporary, self.output / shard.name)
+        write_checked(self._shard_note(shard.name), asdict(shard))
 
     def _shard_note(self, name: str) -> Path:
         return self.work / Path(name).with_suffix(".json").name

@@ -69,3 +69,19 @@ def test_holdout_shards_are_about_as_large_as_the_others(
     assert len(set(names)) == len(names)
     if held:
         assert names[-1] == f"holdout-{held - 1:05d}.arrow"
+
+
+def test_buckets_cut_each_shard_in_order_and_exactly() -> None:
+    rng = np.random.default_rng(3)
+    keys = rng.integers(0, 256, (500, 16), np.uint8)
+    border = [(2**128 * n // 9 + more).to_bytes(16, "big") for n in range(1, 9) for more in (-1, 0)]
+    keys = np.concatenate([keys, np.frombuffer(b"".join(border), np.uint8).reshape(-1, 16)])
+    placement, parts = Placement(3, 0.3), 3
+    shards = placement.shard_of(keys)
+    buckets = placement.bucket_of(keys, shards, parts)
+    for key, shard, bucket in zip(keys, shards, buckets, strict=True):
+        held = shard >= placement.shards
+        count = placement.holdout_shards if held else placement.shards
+        part = int.from_bytes(key.tobytes(), "big") * count * parts // 2**128
+        assert bucket == (placement.shards * parts if held else 0) + part
+    assert (placement.bucket_of(keys, shards, 1) == shards).all()

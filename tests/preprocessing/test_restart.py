@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from record_sets import DRIVER, content
 
-from preprocessing import sources, spill
+from preprocessing import sources
 from preprocessing.errors import InputError
 from preprocessing.generate import generate
 from preprocessing.options import PreprocessOptions
 from preprocessing.records import RecordSet
+from preprocessing.runs import RunWriter
 from preprocessing.sources import UnitReader
 from preprocessing.workspace import Workspace
 
@@ -94,21 +95,23 @@ generate([Path({str(real_fasta)!r})], Path({str(tmp_path / "set")!r}), {self.opt
     def test_on_more_ranks_after_a_stop_in_a_long_unit(
         self, tmp_path: Path, zipped_fasta: Path, mpirun: Run, monkeypatch: Any
     ) -> None:
-        """Runs with a part of a unit only are of no use when the rest is missing."""
-        publish, written = spill.publish, []
+        """A run with a part of a unit only is of no use."""
+        write, written = RunWriter.write, []
 
-        def stop_at_fourth(temporary: Path, path: Path) -> None:
+        def stop_at_fourth(writer: RunWriter, *arguments: Any) -> None:
             if len(written) == 3:
                 raise Stopped
-            publish(temporary, path)
-            written.append(path)
+            write(writer, *arguments)
+            written.append(writer)
 
         generate([zipped_fasta], tmp_path / "whole", self.options)
         with monkeypatch.context() as patch:
-            patch.setattr(spill, "publish", stop_at_fourth)
+            patch.setattr(RunWriter, "write", stop_at_fourth)
             with pytest.raises(Stopped):
                 generate([zipped_fasta], tmp_path / "set", self.options)
-        assert len(list((tmp_path / "set" / ".work").glob("run-*.arrow"))) == 3
+        left = list((tmp_path / "set" / ".work").glob("run-*"))
+        assert [path.name for path in left] == ["run-000000.tmp"]
+        left[0].rename(left[0].with_suffix(".run"))  # as after a power cut, perhaps
         job = ([str(zipped_fasta)], str(tmp_path / "set"), asdict(self.options), sources.UNIT_BYTES)
         result = mpirun(2, "-c", DRIVER, "2", json.dumps([job]))
         assert result.stdout.count("done") == 2, result.stderr
@@ -121,6 +124,7 @@ generate([Path({str(real_fasta)!r})], Path({str(tmp_path / "set")!r}), {self.opt
 
         def stop_at_fourth(workspace: Workspace, name: str, *rest: Any, **more: Any) -> Any:
             if name == "shard-00003.arrow":
+                workspace.wait()
                 raise Stopped
             return build(workspace, name, *rest, **more)
 
@@ -131,7 +135,7 @@ generate([Path({str(real_fasta)!r})], Path({str(tmp_path / "set")!r}), {self.opt
         work = tmp_path / "set" / ".work"
         (tmp_path / "set" / "shard-00001.arrow").unlink()
         os.truncate(tmp_path / "set" / "shard-00002.arrow", 1000)
-        next(work.glob("run-*.arrow")).unlink()  # as if a node had lost it
+        next(work.glob("run-*.run")).unlink()  # as if a node had lost it
 
         units, shards = self.counting(monkeypatch)
         generate([real_fasta], tmp_path / "set", self.options, unit_bytes=self.unit_bytes)
@@ -146,7 +150,7 @@ generate([Path({str(real_fasta)!r})], Path({str(tmp_path / "set")!r}), {self.opt
             patch.setattr(Workspace, "build_shard", lambda *_, **__: (_ for _ in ()).throw(Stopped))
             with pytest.raises(Stopped):
                 generate([real_fasta], tmp_path / "set", self.options, unit_bytes=self.unit_bytes)
-        run = max((tmp_path / "set" / ".work").glob("run-*.arrow"))
+        run = max((tmp_path / "set" / ".work").glob("run-*.run"))
         run.write_bytes(run.read_bytes()[:1000])
         units, _ = self.counting(monkeypatch)
         generate([real_fasta], tmp_path / "set", self.options, unit_bytes=self.unit_bytes)
