@@ -41,7 +41,15 @@ def mix(*words: int | np.ndarray) -> np.ndarray:
 
 def permutation(count: int, *words: int) -> np.ndarray:
     """Return int64 [count]: a permutation of 0 … count - 1 that the `words` determine."""
-    return np.argsort(mix(*words, np.arange(count)), kind="stable")
+    hashes = mix(*words, np.arange(count))
+    # The order of the hashes; numbers sort several times as fast as indices, so the low bits of
+    # each make room for its index. Where hashes agree in the others, these have to decide.
+    low = np.uint64((1 << (count - 1).bit_length()) - 1)
+    ordered = hashes & ~low | np.arange(count, dtype=np.uint64)
+    ordered.sort()
+    if (ordered[1:] ^ ordered[:-1] <= low).any():
+        return np.argsort(hashes, kind="stable")
+    return (ordered & low).astype(np.int64)
 
 
 @dataclass(kw_only=True)

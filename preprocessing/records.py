@@ -249,11 +249,12 @@ class RecordSet:
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         batches, rows = np.divmod(numbers - self._starts[shards], self._rows_per_batch)
         batches += self._first_batches[shards]
+        places: np.ndarray = self._places.take(batches, axis=0)
         decompressed = []
         # Addresses in the file hold for ever, those of decompressed batches while they are kept.
-        if self._decompresses or not self._places[batches, 0].all():
+        if self._decompresses or not places[:, 0].all():
             decompressed = [self._batch(number) for number in np.unique(batches).tolist()]
-        places = self._places[batches]
+            places = self._places.take(batches, axis=0)
         self._forget()
         owners = (self._open, decompressed)
         if not len(numbers):
@@ -333,7 +334,7 @@ class RecordSet:
         self._recent_bytes = 0
         self._decompresses = False
         # Of each batch: addresses of keys, offsets and residues, and residues; 0 if not known.
-        self._places = np.zeros((int(self._first_batches[-1]), 4), np.int64)
+        self._places: np.ndarray = np.zeros((int(self._first_batches[-1]), 4), np.int64)
 
     def _shard_at(self, number: int) -> int:
         return int(np.searchsorted(self._starts, number, side="right")) - 1

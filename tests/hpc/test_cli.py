@@ -34,7 +34,8 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 def test_help_names_every_command_and_each_has_an_example(prothpc: Prothpc) -> None:
     overview = prothpc("--help").stdout
     names = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    assert {"synthesize", "preprocess", "verify", "train", "export", "doctor"} <= set(names)
+    assert {"synthesize", "preprocess", "verify", "inspect", "train", "export"} <= set(names)
+    assert {"doctor", "bench"} <= set(names)
     for name in names:
         assert name in overview
         text = prothpc(name, "--help").stdout

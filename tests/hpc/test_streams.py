@@ -41,6 +41,21 @@ def test_order_is_the_same_for_ever() -> None:
     assert epochs.tolist() == [0, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("kept_bits", [64, 9, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 300])
+def test_permutation_is_the_order_of_hashes(
+    monkeypatch: pytest.MonkeyPatch, kept_bits: int, count: int
+) -> None:
+    """Also where hashes agree in all but their low bits, or altogether."""
+
+    def few_hashes(*words: int | np.ndarray) -> np.ndarray:
+        return mix(*words) % np.uint64(2**kept_bits - 1)
+
+    monkeypatch.setattr("hpc.streams.mix", few_hashes)
+    expected = np.argsort(few_hashes(3, np.arange(count)), kind="stable")
+    assert permutation(count, 3).tolist() == expected.tolist()
+
+
 @given(
     records=st.integers(7, 500),
     block_records=st.integers(1, 80),
