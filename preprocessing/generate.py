@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from preprocessing.columns import key_column
 from preprocessing.compressed import Stretch
@@ -42,6 +43,7 @@ from preprocessing.sources import (
     Source,
     Unit,
     UnitReader,
+    beginnings,
     check_fit,
     cut,
     examine,
@@ -99,11 +101,13 @@ def generate(
         if on_first_rank(ranks, workspace.enter):
             return on_first_rank(ranks, lambda: _finished(workspace.output))
         beside = workspace.output.absolute().parent
-        sources = choose_indexes(ranks, sources, workspace.work, beside, gzip_index)
+        if options.limit is None:
+            sources = choose_indexes(ranks, sources, workspace.work, beside, gzip_index)
         job = _Job(ranks, workspace, sources, placement, options, unit_bytes)
         try:
             runs = job.map()
-            job.check_inputs(runs)
+            if options.limit is None:
+                job.check_inputs(runs)
             check_clusters(options, total_counts(runs))
         except BadInput:
             on_first_rank(ranks, workspace.discard)
@@ -193,7 +197,7 @@ class _Job:
         self._placement = placement
         self._options = options
         self._unit_bytes = unit_bytes
-        self._units = cut(sources, unit_bytes)
+        self._units = cut(sources, unit_bytes) if options.limit is None else beginnings(sources)
         self._started = time.time()
 
     def map(self) -> list[Run]:
@@ -278,7 +282,7 @@ class _Job:
             shards=shards,
             placement=self._placement,
             options=plan["options"],
-            block_bytes=self._unit_bytes,
+            block_bytes=self._unit_bytes if self._options.limit is None else None,
         )
         seconds = time.time() - self._started
         run = describe_run(
@@ -326,11 +330,14 @@ class _Job:
             chunk_bytes=min(CHUNK_BYTES, self._unit_bytes, options.memory // _CHUNKS_IN_MEMORY),
         )
         result = UnitResult(unit=number)
-        for chunk, parsed in parsed_chunks(reader, source.path, options.on_invalid):
+        hasher = xxhash.xxh3_128()
+        for chunk, parsed in parsed_chunks(reader, source.path, options.on_invalid, options.limit):
+            if options.limit is not None:
+                hasher.update(chunk.text.data)
             for rows in selection.select(parsed, result.counts):
                 columns = [key_column(rows.keys), rows.ids, rows.sequences]
                 spiller.add(number, columns, rows.shards)
             progress.add(len(parsed.ids), len(chunk.text))
-        result.block_hashes = reader.block_hashes
+        result.block_hashes = reader.block_hashes if options.limit is None else [hasher.hexdigest()]
         result.stretch = None if reader.stretch is None else asdict(reader.stretch)
         spiller.end_unit(result)

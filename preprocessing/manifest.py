@@ -36,7 +36,7 @@ def make_manifest(
     shards: Sequence[Shard],
     placement: Placement,
     options: dict[str, Any],
-    block_bytes: int,
+    block_bytes: int | None,
 ) -> dict[str, Any]:
     """Return the manifest: a function of the contents of the inputs and of the options alone.
 
@@ -46,7 +46,8 @@ def make_manifest(
         shards: train shards, then those of the held-out split.
         placement: which shard belongs to which split.
         options: those that change the records.
-        block_bytes: length of the blocks that input hashes are made of.
+        block_bytes: length of the blocks that input hashes are made of; None if only the first
+            records of the inputs were read.
     """
     counts: Counter[str] = Counter()
     for _, result in units:
@@ -78,7 +79,7 @@ def make_manifest(
         "vocabulary": {"name": "residues", "encoding": "ascii", "letters": RESIDUES},
         "key": {"hash": "xxh3-128", "of": "residues", "encoding": "big-endian"},
         "holdout": {"hash": "xxh3-64", "of": "key", "seed": HOLDOUT_SEED},
-        "input_hash": {"hash": "xxh3-128", "of": "xxh3-128 of blocks", "block_bytes": block_bytes},
+        "input_hash": _describe_hash(block_bytes),
         "inputs": _describe_inputs(sources, units),
         "options": options,
         "rows_per_batch": ROWS_PER_BATCH,
@@ -109,6 +110,12 @@ def describe_run(
         "plan": plan,
         "plan_fingerprint": xxhash.xxh3_128_hexdigest(canonical_json(plan)),
     }
+
+
+def _describe_hash(block_bytes: int | None) -> dict[str, Any]:
+    if block_bytes is None:
+        return {"hash": "xxh3-128", "of": "xxh3-128 of the text of the records that were read"}
+    return {"hash": "xxh3-128", "of": "xxh3-128 of blocks", "block_bytes": block_bytes}
 
 
 def _describe_inputs(

@@ -49,6 +49,8 @@ class PreprocessOptions:
     X for it, "drop" leaves the record out (and records without residues)."""
     dedup: bool = True
     """Keep one of several records with equal residues: the one with the smallest id."""
+    limit: int | None = None
+    """Read only the first records of each input, this many; None: all."""
     compression: Compression = "none"
     """Of the shards: "none" can be read in place, "lz4" and "zstd" are decompressed by batches."""
     memory: int = 2**30
@@ -74,6 +76,8 @@ class PreprocessOptions:
                 f"--max-length {self.max_length} is below --min-length {self.min_length}: "
                 "no record would be kept"
             )
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"--limit {self.limit}: choose 1 or more")
         self._check_windows()
         if self.on_invalid not in get_args(OnInvalid):
             raise InputError(

@@ -93,17 +93,17 @@ class Selection:
         """Cut long records into windows, which share their fate."""
         assert self._options.max_length is not None
         of_parents = self._decide(hash_residues(*parts(long.sequences)), long.ids, counts)
-        ids, sequences, parents = cut_windows(
+        for ids, sequences, parents in cut_windows(
             long.ids, long.sequences, self._options.max_length, self._options.overlap
-        )
-        counts["windows.records"] += len(ids)
-        counts["windows.residues"] += len(ids) * self._options.max_length
-        keys = hash_residues(*parts(sequences))
-        excluded = of_parents.excluded[parents]
-        if self._exclusions is not None:
-            excluded |= self._exclusions.by_key(keys)
-        fate = _Fate(excluded, of_parents.held_out[parents], excluded)
-        yield from self._rows(keys, ids, sequences, fate, counts)
+        ):
+            counts["windows.records"] += len(ids)
+            counts["windows.residues"] += len(ids) * self._options.max_length
+            keys = hash_residues(*parts(sequences))
+            excluded = of_parents.excluded[parents]
+            if self._exclusions is not None:
+                excluded |= self._exclusions.by_key(keys)
+            fate = _Fate(excluded, of_parents.held_out[parents], excluded)
+            yield from self._rows(keys, ids, sequences, fate, counts)
 
     def _decide(self, keys: np.ndarray, ids: pa.Array, counts: Counter[str]) -> _Fate:
         nothing = np.zeros(len(keys), bool)

@@ -105,6 +105,11 @@ def cut(sources: Sequence[Source], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
     return units
 
 
+def beginnings(sources: Sequence[Source]) -> list[Unit]:
+    """Return one unit for each file, from which its first records are to be read."""
+    return [Unit(source=number, start=0, stop=TO_THE_END) for number in range(len(sources))]
+
+
 def check_fit(source: Source, stretches: Sequence[Stretch | None]) -> None:
     """Check that the units of a compressed file have read all of it, and only once.
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from preprocessing.columns import parts, take, to_binary
 
-_MAX_INT32 = 2**31 - 1
+_BATCH_BYTES = 2**24
+"""About as many residues are cut at a time, so that one huge protein needs no more memory."""
 
 
 def cut_windows(
     ids: pa.Array, sequences: pa.Array, length: int, overlap: int
-) -> tuple[pa.Array, pa.Array, np.ndarray]:
+) -> Iterator[tuple[pa.Array, pa.Array, np.ndarray]]:
     """Cut every sequence into windows of `length` residues.
 
     A window begins `length - overlap` residues after the one before; the last one ends with the
@@ -25,9 +28,9 @@ def cut_windows(
         length: residues of a window.
         overlap: residues that a window shares with the next, at least; below `length`.
 
-    Returns:
-        The windows' ids, binary [W]: `ID/FIRST-LAST`, counted from 1; their residues, binary or
-        large_binary [W]; and the row that each was cut from, int64 [W].
+    Yields:
+        The ids of W windows, binary [W]: `ID/FIRST-LAST`, counted from 1; their residues, binary
+        [W]; and the row that each was cut from, int64 [W].
     """
     offsets, values = parts(sequences)
     excess = np.diff(offsets).astype(np.int64) - length
@@ -37,13 +40,15 @@ def cut_windows(
     place = np.arange(len(parents)) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.minimum(place * step, excess[parents])
 
-    rows = np.lib.stride_tricks.sliding_window_view(values, length)[offsets[parents] + starts]
-    bounds = np.arange(len(rows) + 1) * length
-    if bounds[-1] <= _MAX_INT32:
-        bounds = bounds.astype(np.int32)
-    ranges = pc.binary_join_element_wise(_decimal(starts + 1), _decimal(starts + length), b"-")
-    names = pc.binary_join_element_wise(take(ids, parents), ranges, b"/")
-    return names, to_binary(bounds, rows.reshape(-1)), parents
+    views = np.lib.stride_tricks.sliding_window_view(values, length)
+    batch = max(1, _BATCH_BYTES // length)
+    for first in range(0, len(parents), batch):
+        start, parent = starts[first : first + batch], parents[first : first + batch]
+        residues = views[offsets[parent] + start].reshape(-1)
+        bounds = np.arange(len(parent) + 1, dtype=np.int32) * np.int32(length)
+        ranges = pc.binary_join_element_wise(_decimal(start + 1), _decimal(start + length), b"-")
+        names = pc.binary_join_element_wise(take(ids, parent), ranges, b"/")
+        yield names, to_binary(bounds, residues), parent
 
 
 def _decimal(numbers: np.ndarray) -> pa.Array:

@@ -108,6 +108,9 @@ def preprocess(
         str, typer.Option(help="What a character that is no residue does: error, mask or drop.")
     ] = "error",
     dedup: Annotated[bool, typer.Option(help="Keep one of several equal sequences.")] = True,
+    limit: Annotated[
+        int | None, typer.Option(help="Read only the first N records of each file, to try out.")
+    ] = None,
     compression: Annotated[
         str, typer.Option(help="Of the shards: none (read in place), lz4 or zstd (smallest).")
     ] = "none",
@@ -145,6 +148,7 @@ def preprocess(
         exclude=tuple(exclude or ()),
         on_invalid=on_invalid,  # type: ignore[arg-type]  # it checks the choice
         dedup=dedup,
+        limit=limit,
         compression=compression,  # type: ignore[arg-type]  # it checks the choice
         memory=parse_size(memory),
         spill=spill,
