@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,16 @@ from preprocessing.columns import key_column
 from preprocessing.compressed import Stretch
 from preprocessing.errors import InputError
 from preprocessing.indexing import choose_indexes
-from preprocessing.inputs import find_inputs
 from preprocessing.keys import Placement
 from preprocessing.lookups import check_clusters, open_selection, write_lookups
 from preprocessing.manifest import describe_run, make_manifest
-from preprocessing.options import MAX_SHARDS, PreprocessOptions, record_options
+from preprocessing.options import PreprocessOptions
 from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
 from preprocessing.parsing import parsed_chunks
+from preprocessing.planning import Plan, describe_plan, make_plan, text_bytes, units_of
 from preprocessing.progress import Progress
 from preprocessing.raw import BadInput
-from preprocessing.records import FORMAT, VERSION, RecordSet, read_manifest
+from preprocessing.records import RecordSet, read_manifest
 from preprocessing.selection import Selection
 from preprocessing.shards import Shard, piece_bytes
 from preprocessing.sources import (
@@ -43,22 +43,14 @@ from preprocessing.sources import (
     Source,
     Unit,
     UnitReader,
-    beginnings,
     check_fit,
-    cut,
-    examine,
 )
+from preprocessing.space import Room, check_room, estimate, find_rooms
 from preprocessing.spill import Run, Spiller, UnitResult, parts_of, total_counts
 from preprocessing.workspace import Workspace
 
 _log = logging.getLogger(__name__)
 
-SHARD_TEXT_BYTES = 96_000_000
-"""FASTA text per shard when the number of shards is not given: BFD (572 GB) then has 5,959, about
-the 6,000 files of the ProtTrans paper, section 2.1."""
-
-MIN_SHARDS = 8
-_COMPRESSION = 2  # protein FASTA is about twice as long as its gzip or zstd file
 _EXPECTED_SHARE = 0.75  # of the memory for a part of a shard: some have more than the average
 _CHUNKS_IN_MEMORY = 16  # a chunk is at most this part of the memory budget
 
@@ -93,17 +85,17 @@ def generate(
     """
     ranks = ranks or Serial()
     _check_spill(options.spill, ranks)
-    sources = on_first_rank(ranks, lambda: _examine_all(inputs))
-    placement = Placement(options.shards or default_shards(sources), options.holdout)
-    plan = on_first_rank(ranks, lambda: _make_plan(sources, options, placement, unit_bytes))
-    workspace = Workspace(Path(output), plan)
+    plan = on_first_rank(ranks, lambda: make_plan(inputs, options, unit_bytes))
+    sources = plan.sources
+    workspace = Workspace(Path(output), plan.document)
     try:
+        on_first_rank(ranks, lambda: _check_room(workspace, plan, options))
         if on_first_rank(ranks, workspace.enter):
             return on_first_rank(ranks, lambda: _finished(workspace.output))
         beside = workspace.output.absolute().parent
         if options.limit is None:
             sources = choose_indexes(ranks, sources, workspace.work, beside, gzip_index)
-        job = _Job(ranks, workspace, sources, placement, options, unit_bytes)
+        job = _Job(ranks, workspace, sources, plan.placement, options, unit_bytes)
         try:
             runs = job.map()
             if options.limit is None:
@@ -113,18 +105,33 @@ def generate(
             on_first_rank(ranks, workspace.discard)
             raise
         shards = job.reduce(runs)
-        return job.finish(plan, runs, shards)
+        return job.finish(plan.document, runs, shards)
     finally:
         workspace.leave()
 
 
-def default_shards(sources: Sequence[Source]) -> int:
-    """Return the number of train shards for inputs when it is not given."""
-    return min(max(MIN_SHARDS, math.ceil(_text_bytes(sources) / SHARD_TEXT_BYTES)), MAX_SHARDS)
+def dry_run(
+    inputs: Sequence[Path],
+    output: Path,
+    options: PreprocessOptions,
+    *,
+    unit_bytes: int = UNIT_BYTES,
+) -> tuple[str, list[Room]]:
+    """Find out what `generate` would do.
 
+    Returns:
+        What it would read and write, in words, and the disks that it would write to.
 
-def _text_bytes(sources: Sequence[Source]) -> int:
-    return sum(source.bytes * (1 if source.kind == "plain" else _COMPRESSION) for source in sources)
+    Raises:
+        InputError: for anything wrong with the inputs.
+    """
+    _check_spill(options.spill, Serial())
+    plan = make_plan(inputs, options, unit_bytes)
+    workspace = Workspace(Path(output), plan.document)
+    needs = estimate(plan.sources, options)
+    rooms = find_rooms(workspace.output, workspace.spills, needs)
+    units = units_of(plan.sources, options, unit_bytes)
+    return describe_plan(plan, len(units), needs, rooms), rooms
 
 
 def _check_spill(directory: Path | None, ranks: Ranks) -> None:
@@ -141,29 +148,10 @@ def _check_spill(directory: Path | None, ranks: Ranks) -> None:
         raise InputError(f"--spill {directory}: no such directory: make it first")
 
 
-def _examine_all(inputs: Sequence[Path]) -> list[Source]:
-    sources = sorted(map(examine, find_inputs(inputs)), key=lambda source: source.path)
-    for first, second in pairwise(sources):
-        if first.path == second.path:
-            raise InputError(f"{first.path}: named twice among the inputs: name it once")
-    return sources
-
-
-def _make_plan(
-    sources: Sequence[Source], options: PreprocessOptions, placement: Placement, unit_bytes: int
-) -> dict[str, Any]:
-    """Return all that decides what comes out, as JSON: two jobs with one plan may be one job."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "unit_bytes": unit_bytes,
-        "options": record_options(options, placement),
-        "spill": None if options.spill is None else str(options.spill.resolve()),
-        "inputs": [
-            {"path": source.path, "bytes": source.bytes, "mtime_ns": source.mtime_ns}
-            for source in sources
-        ],
-    }
+def _check_room(workspace: Workspace, plan: Plan, options: PreprocessOptions) -> None:
+    if not workspace.is_finished():
+        needs = estimate(plan.sources, options)
+        check_room(find_rooms(workspace.output, workspace.spills, needs))
 
 
 def _finished(output: Path) -> dict[str, Any]:
@@ -197,7 +185,7 @@ class _Job:
         self._placement = placement
         self._options = options
         self._unit_bytes = unit_bytes
-        self._units = cut(sources, unit_bytes) if options.limit is None else beginnings(sources)
+        self._units = units_of(sources, options, unit_bytes)
         self._started = time.time()
 
     def map(self) -> list[Run]:
@@ -301,7 +289,7 @@ class _Job:
 
     def _shard_parts(self) -> int:
         """Return into how many ranges of keys a shard is cut so that one fits the memory budget."""
-        of_shard = _text_bytes(self._sources) / self._placement.shards
+        of_shard = text_bytes(self._sources, self._options) / self._placement.shards
         return max(1, math.ceil(of_shard / (_EXPECTED_SHARE * piece_bytes(self._options.memory))))
 
     def _write_lookups(self) -> None:

@@ -6,6 +6,15 @@ from fractions import Fraction
 from preprocessing.errors import InputError
 
 
+def show_size(size: float) -> str:
+    """Return bytes as people read them, in powers of 1000: "76.2 GB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
 def parse_size(text: str) -> int:
     """Return the bytes that `text` means, e.g. "100MB" (10^8), "1.5 GiB" or "250_000".
 

@@ -35,7 +35,7 @@ def cut_windows(
     offsets, values = parts(sequences)
     excess = np.diff(offsets).astype(np.int64) - length
     step = length - overlap
-    counts = 1 + -(-excess // step)
+    counts = count_windows(excess + length, length, overlap)
     parents = np.repeat(np.arange(len(counts)), counts)
     place = np.arange(len(parents)) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.minimum(place * step, excess[parents])
@@ -49,6 +49,11 @@ def cut_windows(
         ranges = pc.binary_join_element_wise(_decimal(start + 1), _decimal(start + length), b"-")
         names = pc.binary_join_element_wise(take(ids, parent), ranges, b"/")
         yield names, to_binary(bounds, residues), parent
+
+
+def count_windows(lengths: np.ndarray, length: int, overlap: int) -> np.ndarray:
+    """Return the number of windows, int [N], of sequences longer than a window, int [N]."""
+    return 1 + -(-(lengths - length) // (length - overlap))
 
 
 def _decimal(numbers: np.ndarray) -> pa.Array:

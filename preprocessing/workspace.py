@@ -65,6 +65,10 @@ class Workspace:
         self._lock: int | None = None
         self._background = Background()
 
+    def is_finished(self) -> bool:
+        """Return whether there is a finished record set, of whatever plan."""
+        return (self.output / MANIFEST).exists()
+
     def enter(self) -> bool:
         """Take possession of the directory.
 
@@ -77,7 +81,7 @@ class Workspace:
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"{self.output}: not a directory: choose another output")
         self.output.mkdir(parents=True, exist_ok=True)
-        if (self.output / MANIFEST).exists():
+        if self.is_finished():
             self._compare_finished()
             return True
         if not self.work.is_dir() and any(self.output.iterdir()):
@@ -87,7 +91,7 @@ class Workspace:
             )
         self.work.mkdir(exist_ok=True)
         self._take_lock()
-        if (self.output / MANIFEST).exists():  # the process that had the lock has just finished
+        if self.is_finished():  # the process that had the lock has just finished
             self._compare_finished()
             return True
         path = self.work / _PLAN

@@ -119,6 +119,9 @@ def preprocess(
         Path | None,
         typer.Option(help="Directory for spills, if all ranks are on one node [default: output]."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, and whether it fits.")
+    ] = False,
     gzip_index: Annotated[
         bool | None,
         typer.Option(
@@ -132,10 +135,12 @@ def preprocess(
     any crash and restart give the same bytes. A restart repeats only what is missing.
     """
     from hpc.launch import world_from_environment
+    from preprocessing.generate import dry_run as describe
     from preprocessing.generate import generate
     from preprocessing.options import PreprocessOptions
-    from preprocessing.parallel import connect
+    from preprocessing.parallel import connect, on_first_rank
     from preprocessing.sizes import parse_size
+    from preprocessing.space import check_room
 
     options = PreprocessOptions(
         shards=shards,
@@ -154,6 +159,12 @@ def preprocess(
         spill=spill,
     )
     ranks = connect(world_from_environment().size)
+    if dry_run:
+        text, rooms = on_first_rank(ranks, lambda: describe(inputs, output, options))
+        if ranks.rank == 0:
+            print(text, flush=True)
+        check_room(rooms)
+        return
     manifest = generate(inputs, output, options, ranks, gzip_index=gzip_index)
     if ranks.rank == 0:
         print(_summary(output, manifest))

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from record_sets import DRIVER, content, sequences, smallest_ids
 
 from preprocessing.errors import InputError
-from preprocessing.generate import default_shards, generate
+from preprocessing.generate import generate
 from preprocessing.options import PreprocessOptions
+from preprocessing.planning import default_shards
 from preprocessing.sources import Source
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -176,7 +177,7 @@ def test_default_shards_follow_the_size_of_the_inputs(plain: int, zipped: int, s
         Source(path="a", bytes=plain, mtime_ns=0, kind="plain"),
         Source(path="b", bytes=zipped, mtime_ns=0, kind="gzip"),
     ]
-    assert default_shards(sources) == shards
+    assert default_shards(sources, PreprocessOptions()) == shards
 
 
 def test_gzip_of_several_members_is_one_file(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_inputs_that_are_no_files(tmp_path: Path) -> None:
 
 
 def test_file_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from preprocessing import generate as module
+    from preprocessing import planning as module
 
     path = tmp_path / "in.fasta"
     path.write_text(GOOD)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from record_sets import DRIVER, content
 
+from preprocessing import generate as generate_module
 from preprocessing import sources
 from preprocessing.errors import InputError
 from preprocessing.generate import generate
@@ -47,17 +48,17 @@ class TestRestart:
         """Record the units and shards that are worked on from now on."""
         units: list[int] = []
         shards: list[str] = []
-        chunks, build = UnitReader.chunks, Workspace.build_shard
+        chunks, build = generate_module.parsed_chunks, Workspace.build_shard
 
-        def count_chunks(reader: UnitReader) -> Iterator[Any]:
+        def count_chunks(reader: UnitReader, *rest: Any) -> Iterator[Any]:
             units.append(reader._unit.start // self.unit_bytes)
-            return chunks(reader)
+            return chunks(reader, *rest)
 
         def count_build(workspace: Workspace, name: str, *rest: Any, **more: Any) -> Any:
             shards.append(name)
             return build(workspace, name, *rest, **more)
 
-        patch.setattr(UnitReader, "chunks", count_chunks)
+        patch.setattr(generate_module, "parsed_chunks", count_chunks)
         patch.setattr(Workspace, "build_shard", count_build)
         return units, shards
 

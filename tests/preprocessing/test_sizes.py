@@ -3,7 +3,7 @@ import re
 import pytest
 
 from preprocessing.errors import InputError
-from preprocessing.sizes import parse_size
+from preprocessing.sizes import parse_size, show_size
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,12 @@ def test_sizes_are_understood(text, size):
 def test_other_sizes_are_refused(text):
     with pytest.raises(InputError, match=re.escape(repr(text))):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (7.62e10, "76.2 GB"),
+     (5.72e14, "572.0 TB"), (9.1e15, "9,100.0 TB")],
+)  # fmt: skip
+def test_sizes_are_shown_as_people_read_them(size: float, shown: str) -> None:
+    assert show_size(size) == shown

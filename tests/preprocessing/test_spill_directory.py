@@ -46,8 +46,8 @@ def leave_unfinished(tmp_path: Path, fasta: Path, disk: Path, **options: Any) ->
 def test_spills_lie_there_until_the_end(tmp_path: Path, fasta: Path, disk: Path) -> None:
     generate([fasta], tmp_path / "plain", PreprocessOptions())
     leave_unfinished(tmp_path, fasta, disk)
-    assert list(disk.glob("prothpc-*/run-*.arrow"))
-    assert not list((tmp_path / "set").rglob("run-*.arrow"))
+    assert list(disk.glob("prothpc-*/run-*.run"))
+    assert not list((tmp_path / "set").rglob("run-*.run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("preprocessing.generate.Spiller", stop)  # nothing is to be spilled again
         generate([fasta], tmp_path / "set", PreprocessOptions(spill=disk))
