@@ -56,6 +56,12 @@ def canonical_json(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def seal(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a document with the checksum of all that is in it, so that any change of it shows."""
+    content = {name: value for name, value in document.items() if name != "checksum"}
+    return content | {"checksum": xxhash.xxh3_128_hexdigest(canonical_json(content))}
+
+
 def read_manifest(directory: Path) -> tuple[dict[str, Any], bytes]:
     """Return a record set's manifest, and its bytes.
 

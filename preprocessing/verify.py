@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,17 @@ from preprocessing.manifest import CHANGES, REASONS
 from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
 from preprocessing.records import (
     MANIFEST,
+    RUN,
     SCHEMA,
     SPLITS,
     Records,
     as_records,
     canonical_json,
     read_manifest,
+    seal,
 )
 
+_NOT_SEALED = "its content does not have the checksum that was written with it"
 _FIRST_LETTER, _LAST_LETTER = ord("A"), 25  # Z is the 25th after A
 
 
@@ -43,9 +47,10 @@ class VerifyReport:
 def verify(directory: Path, ranks: Ranks | None = None) -> VerifyReport:
     """Check everything that can be known about a record set.
 
-    Every shard is hashed and recounted; keys must be those of the residues, in order, and lie in
-    the shard's range and split; letters must be legal; with de-duplication no two records may have
-    equal residues; the manifest's totals must add up, and its files be all there are.
+    Every file is hashed, so that a changed byte anywhere is found; every shard is recounted; keys
+    must be those of the residues, in order, and lie in the shard's range and split; letters must
+    be legal; with de-duplication no two records may have equal residues; the manifest's totals
+    must add up, and its files be all there are.
 
     Args:
         directory: the record set.
@@ -98,6 +103,11 @@ class _Outline(NamedTuple):
 
 def _read_outline(directory: Path) -> _Outline:
     manifest, content = read_manifest(directory)
+    if seal(manifest) != manifest:
+        raise InputError(
+            f"{directory / MANIFEST}: damaged: {_NOT_SEALED}: copy it again from where it is "
+            "whole, or make the record set again"
+        )
     try:
         options = manifest["options"]
         placement = Placement(options["shards"], options["holdout"])
@@ -121,6 +131,7 @@ def _read_outline(directory: Path) -> _Outline:
         raise InputError(
             f"{directory / MANIFEST}: damaged ({error!r}): make the record set again"
         ) from error
+    outline.problems.extend(f"{RUN}: {what}" for what in _check_run(directory / RUN))
     present = {path.name for path in directory.glob("*.arrow")}
     outline.problems.extend(
         f"{name}: the file is not in {MANIFEST}" for name in sorted(present - set(names))
@@ -164,6 +175,19 @@ def _check_manifest(
         for name, (total, parts) in sums.items():
             if total != parts:
                 yield f"{what} do not add up: {total:,} in the totals, {parts:,} in {name}"
+
+
+def _check_run(path: Path) -> Iterator[str]:
+    """Yield what is wrong with the account of the run."""
+    try:
+        content = path.read_bytes()
+        run = json.loads(content)
+        if canonical_json(seal(run)) != content:
+            yield _NOT_SEALED
+    except OSError as error:
+        yield f"cannot be read: {error.strerror}"
+    except (ValueError, AttributeError):
+        yield "is not JSON any more"
 
 
 def _check_shard(outline: _Outline, number: int) -> list[str]:

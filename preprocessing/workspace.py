@@ -27,7 +27,7 @@ from preprocessing.files import (
     write_checked,
     write_whole,
 )
-from preprocessing.records import MANIFEST, RUN, WORK, canonical_json, read_manifest
+from preprocessing.records import MANIFEST, RUN, WORK, canonical_json, read_manifest, seal
 from preprocessing.runs import Bucket, RunSet
 from preprocessing.shards import Compression, Shard, build_shard, piece_bytes
 from preprocessing.spill import Run, parts_of, usable_runs
@@ -177,8 +177,8 @@ class Workspace:
     def finish(self, manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         """Write what makes the record set a finished one; return the manifest as it now reads."""
         with self.writing():
-            write_whole(self.output / RUN, canonical_json(run))
-            write_whole(self.output / MANIFEST, canonical_json(manifest))
+            write_whole(self.output / RUN, canonical_json(seal(run)))
+            write_whole(self.output / MANIFEST, canonical_json(seal(manifest)))
         self.discard()
         return read_manifest(self.output)[0]
 

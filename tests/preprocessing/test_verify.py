@@ -17,7 +17,8 @@ from preprocessing import shards
 from preprocessing.errors import InputError
 from preprocessing.generate import generate
 from preprocessing.options import PreprocessOptions
-from preprocessing.records import SCHEMA, canonical_json
+from preprocessing.records import SCHEMA, canonical_json, seal
+from preprocessing.shards import Compression
 from preprocessing.verify import VerifyReport, verify
 
 ROWS = 50  # rows in a batch; a shard has about 90
@@ -54,7 +55,7 @@ def edit_manifest(directory: Path, change: Callable[[Any], None]) -> None:
     path = directory / "manifest.json"
     manifest = json.loads(path.read_bytes())
     change(manifest)
-    path.write_bytes(canonical_json(manifest))
+    path.write_bytes(canonical_json(seal(manifest)))
 
 
 def rewrite_shard(directory: Path, number: int, change: Callable[[Any], None]) -> None:
@@ -103,6 +104,47 @@ def test_flipped_bits_anywhere_are_found(copy: Path) -> None:
         found = problems(copy)
         assert all(line.startswith("shard-00001.arrow: ") for line in found)
         assert "its bytes have the hash" in found[0]
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
+def test_flipped_byte_in_any_file_is_found(
+    sound: Path, tmp_path: Path, compression: Compression
+) -> None:
+    """Bits at random places of every file, and at both ends of each."""
+    options = PreprocessOptions(shards=2, holdout=0.1, compression=compression)
+    generate([sound.parent / "in.fasta"], tmp_path / "set", options)
+    rng = np.random.default_rng(0)
+    for path in sorted((tmp_path / "set").iterdir()):
+        whole = path.read_bytes()
+        last = len(whole) - 1
+        for place in [0, 9, last - 9, last, *rng.integers(0, len(whole), 60).tolist()]:
+            changed = bytearray(whole)
+            changed[place] ^= 1 << rng.integers(0, 8)
+            path.write_bytes(changed)
+            with pytest.raises(InputError) as caught:
+                verify(tmp_path / "set")
+            assert path.name in str(caught.value)
+        path.write_bytes(whole)
+    verify(tmp_path / "set")
+
+
+def test_any_number_of_ranks_finds_the_same(copy: Path, prothpc: Callable[..., Any]) -> None:
+    assert prothpc("verify", copy, ranks=3).stdout == prothpc("verify", copy).stdout
+    for name in ("shard-00000.arrow", "shard-00002.arrow", "run.json"):
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    serial, parallel = (prothpc("verify", copy, ranks=ranks) for ranks in (1, 3))
+    said = [line for line in parallel.stderr.splitlines() if "prothpc" in line or "  " in line]
+    assert serial.returncode != 0
+    assert parallel.returncode != 0
+    assert said[: len(serial.stderr.splitlines())] == serial.stderr.splitlines()
+    for name in ("shard-00000.arrow", "shard-00002.arrow", "run.json"):
+        assert f"  {name}: " in serial.stderr
+
+
+def test_missing_account_of_the_run_is_noticed(copy: Path) -> None:
+    (copy / "run.json").unlink()
+    assert problems(copy) == ["run.json: cannot be read: No such file or directory"]
 
 
 def test_flipped_residue_names_the_record(copy: Path) -> None:
@@ -204,3 +246,26 @@ def test_wrong_content_with_right_hashes_is_found(
     rewrite_shard(copy, 0, change)
     found = problems(copy)
     assert any(re.search(message, line) for line in found), found
+
+
+def test_held_out_window_in_training_is_found(sound: Path, tmp_path: Path) -> None:
+    """Whose split does not follow from its own key."""
+    options = PreprocessOptions(shards=1, holdout=0.3, max_length=25, long="split", overlap=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "ROWS_PER_BATCH", ROWS)
+        patch.setattr("preprocessing.manifest.ROWS_PER_BATCH", ROWS)
+        generate([sound.parent / "in.fasta"], tmp_path / "set", options)
+    verify(tmp_path / "set")
+    with pa.ipc.open_file(tmp_path / "set" / "holdout-00000.arrow") as reader:
+        held_out = reader.get_batch(0).slice(3, 1).to_pylist()[0]
+
+    def insert(columns: Any) -> None:
+        row = sum(key < held_out["key"] for key in columns["key"])
+        for name, values in columns.items():
+            values.insert(row, held_out[name])
+
+    rewrite_shard(tmp_path / "set", 0, insert)
+    [found] = problems(tmp_path / "set")
+    assert re.fullmatch(
+        rf"shard-00000.arrow: record \d+ \({held_out['id']}\) is in the held-out split, too", found
+    )
