@@ -9,7 +9,7 @@ import traceback
 
 import typer
 
-from hpc.commands import bench, corpus, training
+from hpc.commands import bench, corpus, filtering, training
 from preprocessing.errors import InputError, OtherRankError
 
 RANK_DELAY_SECONDS = 2.0
@@ -35,7 +35,7 @@ Every stage runs alone on a laptop, and unchanged under mpirun, srun, jsrun or t
 
 No FASTA at hand? prothpc synthesize makes one. Every command explains itself with --help.""",
 )
-for stages in (corpus, training, bench):
+for stages in (corpus, filtering, training, bench):
     app.add_typer(stages.app)
 
 

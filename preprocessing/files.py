@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
 
+from preprocessing.errors import InputError
+
 _READ_BYTES = 4 * 2**20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -54,6 +60,21 @@ def read_checked(path: Path) -> Any:
     if xxhash.xxh3_128_hexdigest(text[:-1]).encode() != digest or not text.endswith(b"\n"):
         raise ValueError("its bytes do not have the hash that was written with them")
     return json.loads(text)
+
+
+@contextmanager
+def explaining_no_room(directory: Path) -> Iterator[None]:
+    """Turn an error for lack of room, while a job writes in `directory`, into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise InputError(
+            f"{error.filename or directory}: {os.strerror(error.errno)} "
+            f"({socket.gethostname()}): make room and run the same command again, it goes on "
+            "where it stopped"
+        ) from error
 
 
 def hash_file(path: Path) -> tuple[int, str]:

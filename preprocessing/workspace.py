@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import xxhash
 from preprocessing.errors import InputError, as_typed
 from preprocessing.files import (
     Background,
+    explaining_no_room,
     hash_file,
     publish,
     read_checked,
@@ -27,6 +26,7 @@ from preprocessing.files import (
     write_checked,
     write_whole,
 )
+from preprocessing.locks import Held, take_lock
 from preprocessing.records import MANIFEST, RUN, WORK, canonical_json, read_manifest, seal
 from preprocessing.runs import Bucket, RunSet
 from preprocessing.shards import Compression, Shard, build_shard, piece_bytes
@@ -36,7 +36,6 @@ _log = logging.getLogger(__name__)
 
 _PLAN = "plan.json"
 _LOCK = "lock"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Workspace:
@@ -100,7 +99,7 @@ class Workspace:
             if started != self._plan:
                 raise InputError(
                     f"{self.output}: holds unfinished work for other inputs or options "
-                    f"({_difference(started, self._plan)}): repeat that command, choose another "
+                    f"({difference(started, self._plan)}): repeat that command, choose another "
                     f"output directory, or delete this one"
                 )
             if not self.spills.is_dir():
@@ -116,19 +115,9 @@ class Workspace:
             self.spills.mkdir(exist_ok=True)
         return False
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """Turn an error for lack of room into a sentence for the user."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            raise InputError(
-                f"{error.filename or self.output}: {os.strerror(error.errno)} "
-                f"({socket.gethostname()}): make room and run the same command again, it goes on "
-                "where it stopped"
-            ) from error
+        return explaining_no_room(self.output)
 
     def usable_runs(self) -> list[Run]:
         """Return the runs that an earlier attempt left; remove what is left of units cut short."""
@@ -211,22 +200,13 @@ class Workspace:
         return self.work / Path(name).with_suffix(".json").name
 
     def _take_lock(self) -> None:
-        """Lock for as long as this process lives; the system lets go when it dies."""
-        descriptor = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace")
-            os.close(descriptor)
+            self._lock = take_lock(self.work / _LOCK)
+        except Held as holder:
             raise InputError(
                 f"{self.output}: another process is at work here ({holder}): wait for it, or "
                 "choose another output directory"
-            ) from error
-        except OSError:
-            pass  # a file system without locks: nothing can be known
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        self._lock = descriptor
+            ) from holder
 
     def _compare_finished(self) -> None:
         try:
@@ -240,13 +220,13 @@ class Workspace:
         if made_from != self._plan:
             raise InputError(
                 f"{self.output}: holds a finished record set of other inputs or options "
-                f"({_difference(made_from, self._plan)}): choose another output directory, or "
+                f"({difference(made_from, self._plan)}): choose another output directory, or "
                 "delete this one"
             )
         self.discard()
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Name one thing in which two plans differ."""
     for name in sorted(old["options"].keys() | new["options"].keys()):
         before, after = old["options"].get(name), new["options"].get(name)
