@@ -179,10 +179,12 @@ class _Search:
         """Enter the directory and prepare what chunks share; return whether all is finished."""
         searcher = self._searcher()
         plan = self._plan(searcher)
+        if self.work.is_finished(plan):
+            return True
         with self.work.alone():
-            if self.work.enter(plan, self._execution.chunks):
-                self.work.clear()
+            if self.work.is_finished(plan):  # the process that was waited for has just merged
                 return True
+            self.work.enter(plan, self._execution.chunks)
             prepared = self.work.prepared() or self._prepare(searcher)
             if not self.work.chunks:
                 chunks = max(1, round(prepared.queries.residues / CHUNK_RESIDUES))
@@ -214,6 +216,7 @@ class _Search:
         output, options = self.work.output, self._options
         with self.work.alone():
             if (output / SUMMARY).exists():  # another process has just merged
+                self.work.clear()
                 return self.summary()
             prepared = self._prepared()
             sides = {name: prepared.side(name) for name in ("queries", "targets")}
@@ -256,7 +259,8 @@ class _Search:
 
     def _prepared(self) -> Prepared:
         prepared = self.work.prepared()
-        assert prepared is not None, self.work.work
+        if prepared is None:  # another process has merged and cleared meanwhile
+            raise InputError(f"{self.work.output}: the work is gone: run the same command again")
         return prepared
 
     def _plan(self, searcher: Searcher) -> dict[str, Any]:

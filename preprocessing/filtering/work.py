@@ -86,8 +86,7 @@ class FilterWork:
         """
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"{self.output}: not a directory: choose another output")
-        ours = self.work.is_dir() or (self.output / SUMMARY).exists()
-        if not ours and self.output.exists() and any(self.output.iterdir()):
+        if not self.work.is_dir() and self.output.exists() and any(self.output.iterdir()):
             raise InputError(
                 f"{self.output}: not empty, and what is in it is not an unfinished search: choose "
                 "another output directory"
@@ -96,23 +95,32 @@ class FilterWork:
         with locked(self.work / _LOCK, wait=True):
             yield
 
-    def enter(self, plan: dict[str, Any], chunks: int | None) -> bool:
-        """Begin a search, or go on with it.
+    def is_finished(self, plan: dict[str, Any]) -> bool:
+        """Whether the search is finished already; if so, remove what may be left of the work.
 
         Args:
             plan: JSON of all that the result depends on: `tool` (name and version), `inputs` and
                 `options`.
-            chunks: parts of the queries; None: as many as there were before, or to be chosen.
 
-        Returns:
-            Whether the search is finished already.
+        Raises:
+            InputError: if another search was finished here.
+        """
+        if not (self.output / SUMMARY).exists():
+            return False
+        self._compare(json.loads((self.output / RUN).read_bytes())["plan"], plan, "a finished")
+        self.clear()
+        return True
+
+    def enter(self, plan: dict[str, Any], chunks: int | None) -> None:
+        """Begin a search, or go on with it.
+
+        Args:
+            plan: see `is_finished`.
+            chunks: parts of the queries; None: as many as there were before, or to be chosen.
 
         Raises:
             InputError: if the directory holds another search.
         """
-        if (self.output / SUMMARY).exists():
-            self._compare(json.loads((self.output / RUN).read_bytes())["plan"], plan, "a finished")
-            return True
         path = self.work / _PLAN
         if path.exists():
             started = self._read_plan(path)
@@ -124,7 +132,6 @@ class FilterWork:
                     f"{self.chunks}: repeat that, or leave --chunks out"
                 )
         self.set_chunks(plan, chunks or self.chunks)
-        return False
 
     def set_chunks(self, plan: dict[str, Any], chunks: int) -> None:
         """Write down what is done here; 0 chunks are not chosen yet."""
