@@ -29,7 +29,7 @@ from tests.preprocessing.searches import (
 )
 from tests.record_sets import sequences
 
-TOOLS = ("blastp", "mmseqs2")
+TOOLS = ("blastp", pytest.param("mmseqs2", marks=pytest.mark.slow))
 PEPTIDE = "TDRNFLRL"
 """Shorter than either program finds with a significant e-value."""
 
@@ -184,7 +184,9 @@ def large_family(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize(("tool", "limit"), [("blastp", 500), ("mmseqs2", 300)])
+@pytest.mark.parametrize(
+    ("tool", "limit"), [("blastp", 500), pytest.param("mmseqs2", 300, marks=pytest.mark.slow)]
+)
 def test_none_of_600_relatives_is_missed(large_family, tmp_path, tool, limit, monkeypatch):
     need(tool)
     monkeypatch.setattr(tools.Mmseqs, "first_limit", 300)
