@@ -133,8 +133,21 @@ class _Lines:
 def _first_blanks(text: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Return where the first blank or control character stands, from each start on.
 
-    `text` ends with a newline. Windows of it are looked at as 32-bit masks, of which the highest
-    bit stands for the first byte.
+    `text` ends with a newline.
+    """
+    stops = np.empty_like(starts)
+    rows, begins = np.arange(len(starts)), starts
+    while len(rows):  # once, if no id is longer than a window
+        found, places = _blanks_in_windows(text, begins)
+        stops[rows[found]] = places[found]
+        rows, begins = rows[~found], begins[~found] + _WINDOW
+    return stops
+
+
+def _blanks_in_windows(text: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Search the window from each start on; return where there is a blank, and its place.
+
+    Windows are looked at as 32-bit masks, of which the highest bit stands for the first byte.
     """
     last_window = len(text) - _WINDOW
     inside = int(np.searchsorted(starts, last_window, side="right"))
@@ -142,18 +155,15 @@ def _first_blanks(text: np.ndarray, starts: np.ndarray) -> np.ndarray:
         tail = np.full(2 * _WINDOW, _NEWLINE, np.uint8)
         from_byte = max(last_window, 0)
         tail[: len(text) - from_byte] = text[from_byte:]
-        near_end = _first_blanks(tail, starts[inside:] - from_byte) + from_byte
-        return np.concatenate([_first_blanks(text, starts[:inside]), near_end])
+        found, places = _blanks_in_windows(text, starts[:inside])
+        at_end, places_at_end = _blanks_in_windows(tail, starts[inside:] - from_byte)
+        return np.append(found, at_end), np.append(places, places_at_end + from_byte)
     if inside == 0:
-        return starts
+        return np.empty(0, bool), starts
     windows = np.ndarray(last_window + 1, f"V{_WINDOW}", text, strides=(1,))[starts]
     blank = windows.view(np.uint8).reshape(-1, _WINDOW) <= _SPACE
     mask = np.packbits(blank, axis=1).view(">u4")[:, 0].astype(np.float64)
-    stops = starts + _WINDOW - np.frexp(mask)[1]
-    longer = np.flatnonzero(mask == 0)
-    if len(longer):
-        stops[longer] = _first_blanks(text, starts[longer] + _WINDOW)
-    return stops
+    return mask > 0, starts + _WINDOW - np.frexp(mask)[1]
 
 
 @dataclass(frozen=True)
