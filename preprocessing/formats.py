@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Literal
 
 from preprocessing import gzip_text, zstd_text
 from preprocessing.raw import BadInput
+
+_log = logging.getLogger(__name__)
 
 Kind = Literal["plain", "gzip", "bgzf", "zstd"]
 """How a file's text is packed; "bgzf" is gzip in blocks that say how long they are."""
@@ -16,6 +20,23 @@ _UNREADABLE = {
     b"\xfd7zXZ": "xz: decompress it first (unxz)",
     b"PK\x03\x04": "zip: unpack it first (unzip)",
 }
+
+_OTHER_FORMATS = {
+    rb"<": "HTML or XML (the error page of a download?), not FASTA: look into it",
+    rb"LOCUS ": "GenBank, not FASTA: convert it first (seqret -osformat fasta)",
+    rb"ID   ": "EMBL or UniProt text, not FASTA: convert it first (seqret -osformat fasta)",
+    rb"# STOCKHOLM": "Stockholm, not FASTA: convert it first (esl-reformat fasta)",
+    rb"CLUSTAL": "Clustal, not FASTA: convert it first (seqret -osformat fasta)",
+    rb"#NEXUS": "NEXUS, not FASTA: convert it first (seqret -osformat fasta)",
+    rb"(HEADER|ATOM)  ": "PDB, not FASTA: convert it first",
+    rb" *\d+ +\d+\s": "PHYLIP, not FASTA: convert it first (seqret -osformat fasta)",
+    # Its second line is a title that could be taken for residues.
+    rb">(P1|F1|DL|DC|RL|RC|N1|N3|XX);": "PIR, not FASTA: convert it first (seqret -osformat fasta)",
+}
+"""How the text of another format begins (a pattern)."""
+
+_NUCLEOTIDES = b"ACGTUNacgtun"
+_FEWEST_NUCLEOTIDES = 60  # 60 residues of a protein are all among them with p = 1e-35
 
 
 def kind_of(head: bytes) -> Kind:
@@ -57,6 +78,9 @@ def refuse_other_formats(path: Path, head: bytes) -> None:
         raise BadInput(
             f"{path}, line {line}: comment lines are not read: remove them (grep -v '^;')"
         )
+    for beginning, name in _OTHER_FORMATS.items():
+        if re.match(beginning, start):
+            raise BadInput(f"{path}, line {line}: looks like {name}")
     if not start.startswith(b">"):
         found = start.split(b"\n", 1)[0][:40].decode("ascii", "backslashreplace")
         raise BadInput(
@@ -65,3 +89,14 @@ def refuse_other_formats(path: Path, head: bytes) -> None:
         )
     if b"\r" in start and b"\n" not in start:
         raise BadInput(f"{path}: has old Macintosh line ends: convert it first (tr '\\r' '\\n')")
+    _warn_of_nucleotides(path, start)
+
+
+def _warn_of_nucleotides(path: Path, head: bytes) -> None:
+    sequences = b"".join(line for line in head.splitlines() if not line.startswith(b">"))
+    if len(sequences) >= _FEWEST_NUCLEOTIDES and not sequences.strip(_NUCLEOTIDES):
+        _log.warning(
+            "%s: holds only A, C, G, T, U and N, as far as it was looked at: if these are "
+            "nucleotides, translate them first (seqkit translate)",
+            path,
+        )

@@ -280,6 +280,10 @@ class _Job:
         if self._ranks.rank == 0:
             records = manifest["totals"]["read"]["records"]
             size = sum(source.bytes for source in self._sources)
+            if not manifest["totals"]["kept"]["records"]:
+                _log.warning(
+                    "%s: no record is kept, see not_kept in its manifest", self._workspace.output
+                )
             _log.info(
                 "%s records (%.0f MB of input) in %.1f s: %s records/s, %.0f MB/s",
                 f"{records:,}", size / 1e6, seconds, f"{records / seconds:,.0f}",
