@@ -95,7 +95,9 @@ class Laboratory:
 def make_inputs(root: Path) -> dict[str, Path]:
     """Write some proteins, many of them twice, in every kind of file."""
     texts = {}
-    for number, name in enumerate(["lf.fasta", "crlf.fasta", "one.gz", "many.gz", "bgzf.gz"]):
+    for number, name in enumerate(
+        ["lf.fasta", "crlf.fasta", "one.gz", "many.gz", "bgzf.gz", "zst"]
+    ):
         plain = root / "plain.fasta"
         options = SynthesisOptions(records=RECORDS, seed=number // 2, median_length=150)
         synthesize(plain, options, overwrite=True)
@@ -106,8 +108,8 @@ def make_inputs(root: Path) -> dict[str, Path]:
     paths["one.gz"].write_bytes(gzip.compress(texts["one.gz"]))
     pieces = [texts["many.gz"][start : start + 99_999] for start in range(0, 10**6, 99_999)]
     paths["many.gz"].write_bytes(b"".join(map(gzip.compress, pieces)))
-    with bgzf.BgzfWriter(str(paths["bgzf.gz"])) as file:
-        file.write(texts["bgzf.gz"])
+    with bgzf.BgzfWriter(str(paths["bgzf.gz", "zst"])) as file:
+        file.write(texts["bgzf.gz", "zst"])
     return paths
 
 
