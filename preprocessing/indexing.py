@@ -6,7 +6,6 @@ cut the files into the same units. Indexes are also kept beside the output, for 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import xxhash
 
-from preprocessing.files import publish, write_whole
+from preprocessing.errors import InputError
+from preprocessing.files import publish, read_checked, write_checked
 from preprocessing.gzip_index import IndexFailed, SeekIndex, build_index
 from preprocessing.parallel import Ranks, on_first_rank
 from preprocessing.sources import Source
@@ -58,8 +58,8 @@ def choose_indexes(
             decision = work / _DECISION
             if not decision.exists():
                 chosen = _choose(candidates, work, beside, wanted, ranks.size, cores)
-                write_whole(decision, json.dumps(chosen).encode())
-            return json.loads(decision.read_bytes())
+                write_checked(decision, chosen)
+            return _read_decision(decision)
         finally:
             ranks.rest()
 
@@ -70,6 +70,17 @@ def choose_indexes(
         replace(source, index=str(_index_in(work, number))) if number in chosen else source
         for number, source in enumerate(sources)
     ]
+
+
+def _read_decision(path: Path) -> list[int]:
+    try:
+        return read_checked(path)
+    except ValueError as error:
+        output = path.parent.parent
+        raise InputError(
+            f"{path}: damaged, so nothing is known of the work in {output}: delete this directory "
+            "and run the command again"
+        ) from error
 
 
 def index_pays(sizes: Sequence[int], ranks: int, cores: int) -> bool:

@@ -162,7 +162,7 @@ def fill_case(laboratory: Laboratory, seed: int) -> list[str]:
 STOPS = (("rename run-N.run", 2), ("rename shard-N.json", 1), ("rename shard-N.json", 4))
 """Operations before which a job is killed that leaves files to be damaged."""
 
-MAY_BE_REFUSED = ("plan.json", "run-")
+MAY_BE_REFUSED = ("plan.json", "indexed.json", "run-")
 """Files of an unfinished job that may be named as corrupt, where others are made anew at once."""
 
 
@@ -190,7 +190,7 @@ def damage_case(laboratory: Laboratory, seed: int) -> list[str]:
             result = "named"
             expect(path.name in str(error), told, "names something else", error)
             expect(path.name.startswith(MAY_BE_REFUSED), told, "should be made anew", error)
-            if path.name == "plan.json":
+            if path.name in ("plan.json", "indexed.json"):
                 shutil.rmtree(output)  # as the message says
             generate(paths, output, options, unit_bytes=UNIT_BYTES)
         except Exception as error:
