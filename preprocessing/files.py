@@ -23,8 +23,12 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    publish(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        publish(temporary, path)
+    except OSError as error:  # a full disk says nothing of the file
+        error.filename = error.filename or str(path)
+        raise
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -114,6 +118,10 @@ class Background:
         for task in self._tasks:
             task.result()
         self._tasks = []
+
+    def close(self) -> None:
+        """Let the task at work end and give up the others."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def _is_done(task: Future[None]) -> bool:

@@ -13,6 +13,7 @@ import math
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -208,7 +209,8 @@ class _Job:
             )
             selection = open_selection(self._workspace.work, self._options, self._placement)
             progress = Progress(self._ranks.rank == 0, "map", "units", len(missing))
-            with self._workspace.writing():
+            # Nothing is published any more when other ranks hear of an error.
+            with closing(spiller), self._workspace.writing():
                 for task in tasks:
                     self._map_unit(missing[task], selection, spiller, progress)
                     progress.handed_out(task + 1)
@@ -236,7 +238,7 @@ class _Job:
             opened = self._workspace.open_runs(runs, self._options.memory)
             progress = Progress(self._ranks.rank == 0, "reduce", "shards", len(names))
             built = {}
-            with self._workspace.writing():
+            with self._workspace.building():
                 for number in tasks:
                     shard = self._workspace.finished_shard(names[number])
                     if shard is None:
@@ -250,7 +252,6 @@ class _Job:
                     built[number] = shard
                     progress.add(shard.records, shard.residues)
                     progress.handed_out(number + 1)
-                self._workspace.wait()
             return built
 
         shards: dict[int, Shard] = {}

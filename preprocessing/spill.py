@@ -159,6 +159,10 @@ class Spiller:
         self._background.wait()
         return self._runs
 
+    def close(self) -> None:
+        """Write nothing any more."""
+        self._background.close()
+
     def _used(self) -> int:
         texts = sum(column.bytes(self._rows) for column in self._columns)
         return self._rows * self._row_bytes + texts

@@ -7,8 +7,8 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ class Workspace:
                     "are read again", self.spills.parent, socket.gethostname(),
                 )  # fmt: skip
         else:
+            self._clear()
             with self.writing():
                 write_checked(path, self._plan)
                 sync(self.output)
@@ -118,6 +119,20 @@ class Workspace:
     def writing(self) -> AbstractContextManager[None]:
         """Turn an error for lack of room into a sentence for the user."""
         return explaining_no_room(self.output)
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Wait at the end until all shards that were built are on the disk.
+
+        After an error no shard is published any more: another job may begin.
+        """
+        with closing(self._background), self.writing():
+            yield
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what was built is on the disk."""
+        self._background.wait()
 
     def usable_runs(self) -> list[Run]:
         """Return the runs that an earlier attempt left; remove what is left of units cut short."""
@@ -141,7 +156,7 @@ class Workspace:
         marks: bool,
         compression: Compression,
     ) -> Shard:
-        """Make a shard; it is finished, and noted to be, when `wait` has returned."""
+        """Make a shard; it is finished, and noted to be, after `building`."""
         temporary = self.work / f"{name}.tmp"
         shard = build_shard(
             self.output / name,
@@ -153,10 +168,6 @@ class Workspace:
         )
         self._background.submit(lambda: self._publish(temporary, shard))
         return shard
-
-    def wait(self) -> None:
-        """Wait until what was built is on the disk."""
-        self._background.wait()
 
     def open_runs(self, runs: Sequence[Run], memory: int) -> RunSet:
         """Open run files for a memory budget."""
@@ -181,6 +192,12 @@ class Workspace:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _clear(self) -> None:
+        """Remove what an attempt left that was refused, and so belongs to no plan."""
+        for path in self.work.iterdir():
+            if path.name != _LOCK:
+                path.unlink()
 
     def _read_plan(self) -> Any:
         path = self.work / _PLAN
