@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import zstandard
 from Bio import bgzf
 
 from preprocessing.options import PreprocessOptions
@@ -94,10 +95,9 @@ class Laboratory:
 
 def make_inputs(root: Path) -> dict[str, Path]:
     """Write some proteins, many of them twice, in every kind of file."""
+    names = ["lf.fasta", "crlf.fasta", "one.gz", "many.gz", "bgzf.gz", "zst"]
     texts = {}
-    for number, name in enumerate(
-        ["lf.fasta", "crlf.fasta", "one.gz", "many.gz", "bgzf.gz", "zst"]
-    ):
+    for number, name in enumerate(names):
         plain = root / "plain.fasta"
         options = SynthesisOptions(records=RECORDS, seed=number // 2, median_length=150)
         synthesize(plain, options, overwrite=True)
@@ -108,8 +108,9 @@ def make_inputs(root: Path) -> dict[str, Path]:
     paths["one.gz"].write_bytes(gzip.compress(texts["one.gz"]))
     pieces = [texts["many.gz"][start : start + 99_999] for start in range(0, 10**6, 99_999)]
     paths["many.gz"].write_bytes(b"".join(map(gzip.compress, pieces)))
-    with bgzf.BgzfWriter(str(paths["bgzf.gz", "zst"])) as file:
-        file.write(texts["bgzf.gz", "zst"])
+    with bgzf.BgzfWriter(str(paths["bgzf.gz"])) as file:
+        file.write(texts["bgzf.gz"])
+    paths["zst"].write_bytes(zstandard.compress(texts["zst"]))
     return paths
 
 
