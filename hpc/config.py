@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpc.config_optimizer import OptimizerConfig, ScheduleConfig
-from hpc.strict import build
 from models.bert import BertConfig
 from preprocessing.errors import InputError
+from preprocessing.strict import build
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -32,11 +32,11 @@ from hpc.monitor import Monitor
 from hpc.optimizers import build_optimizer
 from hpc.phases import Inputs, plan_phases
 from hpc.stopping import StopSignals
-from hpc.strict import build
 from hpc.tasks import MaskedLanguageModel
 from hpc.trainer import Trainer
 from models.bert import Bert
 from preprocessing.records import RecordSet
+from preprocessing.strict import build
 from preprocessing.vocabulary import PROTTRANS_BERT
 
 BLOCK_STEPS = 2

@@ -11,12 +11,12 @@ import torch
 
 from hpc.checkpoint import find_checkpoint, read_checkpoint
 from hpc.config import Recipe, as_dict, load_recipe
-from hpc.monitor import read_metrics
+from hpc.metrics import read_metrics
 from hpc.phases import plan_phases
 from hpc.schedules import rate_at
-from hpc.strict import build
 from hpc.train import train
 from preprocessing.errors import InputError
+from preprocessing.strict import build
 
 BASE = """
 [model]

@@ -17,7 +17,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, section: str = ""
 
     Args:
         cls: a keyword-only dataclass; nested dataclasses are its sections, tuples of dataclasses
-            its arrays of tables.
+            its arrays of tables, dicts tables with keys of the user's.
         values: what the recipe says.
         where: file, for messages.
         section: dotted path of `cls` in the recipe.
@@ -47,9 +47,11 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, section: str = ""
                 build(cls_of_table, table, where, f"{name}.{number}")
                 for number, table in enumerate(tables, 1)
             )
+        elif typing.get_origin(hints[key]) is dict and key in values:
+            arguments[key] = _build_dict(hints[key], values[key], where, name)
         elif key in values:
             arguments[key] = _convert(values[key], hints[key], f"{where}: {name}")
-        elif spec.default is dataclasses.MISSING:
+        elif spec.default is spec.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: {name} is missing: add it, or give {name}=VALUE")
     try:
         return cls(**arguments)
@@ -57,8 +59,28 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, section: str = ""
         raise InputError(f"{where}: {f'[{section}] ' if section else ''}{error}") from error
 
 
+def _build_dict(hint: Any, table: Any, where: str, name: str) -> dict[str, Any]:
+    if not isinstance(table, Mapping):
+        raise InputError(f"{where}: {name} must be a section, [{name}]")
+    _, kind = typing.get_args(hint)
+    if not dataclasses.is_dataclass(kind):
+        return {
+            key: _convert(value, kind, f"{where}: {name}.{key}") for key, value in table.items()
+        }
+    built = {}
+    for key, value in table.items():
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}: {name}.{key} must be a section, [{name}.{key}]")
+        built[key] = build(typing.cast(Any, kind), value, where, f"{name}.{key}")
+    return built
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Return `value` as the type `hint`, where that loses nothing."""
+    if typing.get_origin(hint) is list:
+        if type(value) is not list or not all(type(item) is str for item in value):
+            raise InputError(f"{where} = {value!r}: must be a list of strings")
+        return value
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
