@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from hpc.monitor import read_metrics
+from hpc.metrics import read_metrics
 from hpc.plots import plot_loss
 
 FOLDER = Path("runs/demo")

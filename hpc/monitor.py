@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-METRICS = "metrics.jsonl"
+from hpc.metrics import METRICS
 
 
 class Monitor:
@@ -101,22 +101,6 @@ class Monitor:
             self._board.close()
         if self._active:
             self._metrics.close()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Return the lines of metrics.jsonl in order of steps.
-
-    Where a run was killed and went on from an earlier checkpoint, a step's last line counts. A last
-    line that a kill cut short is left out.
-    """
-    latest: dict[tuple[int, bool], dict[str, float]] = {}
-    for text in (run_dir / METRICS).read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        latest[line["step"], "eval/loss" in line] = line
-    return [latest[key] for key in sorted(latest)]
 
 
 def peak_memory_gib(device: torch.device) -> float:

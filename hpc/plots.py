@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hpc.monitor import read_metrics
+from hpc.metrics import read_metrics
 
 SHUFFLED_COLOUR, REAL_COLOUR, TRAINING_COLOUR = "0.6", "tab:blue", "tab:orange"
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from hpc.monitor import read_metrics
+from hpc.metrics import read_metrics
 
 HERE = Path(__file__).parent
 ENGINES = {

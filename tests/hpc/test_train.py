@@ -18,7 +18,7 @@ import torch
 from hpc.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from hpc.config import Recipe
 from hpc.data import Batcher, open_streams
-from hpc.monitor import read_metrics
+from hpc.metrics import read_metrics
 from hpc.stopping import REQUEUE_EXIT_CODE
 from hpc.tasks import MaskedLanguageModel
 from preprocessing.records import RecordSet

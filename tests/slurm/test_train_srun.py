@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from private_slurm import PrivateSlurm
 
-from hpc.monitor import read_metrics
+from hpc.metrics import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
