@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from preprocessing.errors import InputError
 
+EXPECTED_RANKS = "PROTHPC_RANKS"
+"""Variable of job scripts: the ranks that the launch line starts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -85,9 +88,16 @@ def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
         The place of this process; a world of one where no launcher is found.
 
     Raises:
-        InputError: A variable is missing, no number, or out of range, or the launcher that
-            counts one process runs under another that started several.
+        InputError: A variable is missing, no number, or out of range; the launcher that counts
+            one process runs under another that started several; or a job script said, in
+            `PROTHPC_RANKS`, that it starts another number of ranks.
     """
+    world = _world(environ)
+    _check_expected_ranks(world, environ)
+    return world
+
+
+def _world(environ: Mapping[str, str]) -> World:
     found = [launcher for launcher in _LAUNCHERS if _is_present(launcher, environ)]
     if not found:
         return World(rank=0, size=1, local_rank=0, local_size=1, node=0, launcher="alone")
@@ -226,6 +236,20 @@ def _node_in_rankfile(path: Path) -> int | None:
     hosts = list(dict.fromkeys(slot.partition(".")[0] for slot in slots))
     here = socket.gethostname().partition(".")[0]
     return hosts.index(here) if here in hosts else None
+
+
+def _check_expected_ranks(world: World, environ: Mapping[str, str]) -> None:
+    """Stop when the launcher has started N copies that each are "rank 0 of 1", or other ranks."""
+    if EXPECTED_RANKS not in environ:
+        return
+    expected = integer(environ, EXPECTED_RANKS, "the job script", minimum=1)
+    if expected != world.size:
+        seen = "alone" if world.launcher == "alone" else f"one of {world.size} ranks"
+        raise InputError(
+            f"the job script starts {expected} ranks ({EXPECTED_RANKS}), but this process believes "
+            f"to be {seen}: its launcher and prothpc do not know each other, and every rank would "
+            "do the whole work; change the launch line of the script, or of the site's profile"
+        )
 
 
 def _refuse_separate_copies(world: World, outer: list[str], environ: Mapping[str, str]) -> None:

@@ -62,7 +62,7 @@ class DeepSpeedCommunication(TorchCommunication):
         self.needs_warm_up = False
         self._world = world
         self._deepspeed = import_deepspeed(device)
-        _join(world)
+        _join(world, device)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """See `Communication.wrap`."""
@@ -115,7 +115,7 @@ class DeepSpeedEngine:
         self.world = world
         self.device = device
         self._communication = TorchCommunication(world, device)
-        _join(world)
+        _join(world, device)
         self._model = model.to(device)
         self._named = list(model.named_parameters())
         initial = {name: parameter.detach().clone() for name, parameter in self._named}
@@ -349,7 +349,12 @@ def _configuration(
     return configuration
 
 
-def _join(world: World) -> None:
-    """Give a world of one the process group that DeepSpeed wants in any case."""
+def _join(world: World, device: torch.device) -> None:
+    """Give DeepSpeed what it wants in any case: a process group, and the number of its device.
+
+    It reads LOCAL_RANK, which srun and jsrun do not set, as a device's number: a rank that is bound
+    to one GPU has number 0 only.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     if world.size == 1 and not dist.is_initialized():
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())

@@ -382,3 +382,19 @@ def test_torch_under_horovodrun_is_told_where_to_meet(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match=r"use train\.engine=horovod, or set MASTER_ADDR"):
         connect(world_from_environment(HOROVODRUN), backend="gloo")
+
+
+def test_a_job_script_that_starts_other_ranks_than_believed_is_refused() -> None:
+    """The trap of N copies that are each "rank 0 of 1", where no launcher's variable tells."""
+    with pytest.raises(InputError, match=r"starts 4 ranks .*believes to be alone"):
+        world_from_environment({"PROTHPC_RANKS": "4"})
+    two = {
+        "OMPI_COMM_WORLD_RANK": "1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    }
+    with pytest.raises(InputError, match=r"starts 4 ranks .*one of 2 ranks"):
+        world_from_environment({**two, "PROTHPC_RANKS": "4"})
+    assert world_from_environment({**two, "PROTHPC_RANKS": "2"}).rank == 1
+    assert world_from_environment({"PROTHPC_RANKS": "1"}).size == 1
