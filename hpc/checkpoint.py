@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ class CheckpointWriter:
         self._keep = keep
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
+        self.seconds = 0.0
+        """How long the slowest save took."""
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Copy the tensors to host memory and write them while training goes on.
@@ -98,6 +101,7 @@ class CheckpointWriter:
             ) from error
 
     def _write(self, checkpoint: Checkpoint) -> None:
+        began = time.monotonic()
         try:
             write_checkpoint(self._root, checkpoint)
             self._prune()
@@ -105,6 +109,7 @@ class CheckpointWriter:
             self._error = error
         except Exception as error:  # safetensors has its own error for a full disk
             self._error = OSError(str(error))
+        self.seconds = max(self.seconds, time.monotonic() - began)
 
     def _prune(self) -> None:
         if self._keep:

@@ -24,9 +24,11 @@ from hpc.checks.launchers import LAUNCHERS
 from hpc.checks.machine import DEVICES, LIMITS, MEMORY
 from hpc.checks.meeting import FAREWELL, MEETING, REPORTS, together
 from hpc.checks.report import Report
+from hpc.checks.site import SITE
 from hpc.checks.software import ENGINES, SEARCH_TOOLS, VERSIONS
 from hpc.checks.storage import DIRECTORY
 from hpc.world import World, world_from_environment
+from jobs.site import load_profile
 from preprocessing.errors import InputError
 
 REQUIRABLE = (
@@ -35,7 +37,7 @@ REQUIRABLE = (
 )
 """What `--require` may name."""
 
-_ALONE = (VERSIONS, DEVICES, MEMORY, LIMITS, ENGINES, LAUNCHERS, SEARCH_TOOLS, DIRECTORY)
+_ALONE = (VERSIONS, DEVICES, MEMORY, LIMITS, ENGINES, LAUNCHERS, SEARCH_TOOLS, DIRECTORY, SITE)
 _SHARED = (ALL_REDUCE, CLOCKS, MPI_ALL_REDUCE)
 _CHECKS = {check.name: check for check in (MEETING, REPORTS, *_ALONE, *_SHARED, FAREWELL)}
 
@@ -56,6 +58,7 @@ class DoctorOptions:
         require: Of `REQUIRABLE`, what has to work.
         json_file: Where to write findings and measurements, if anywhere.
         timeout: Seconds after which whatever does not answer counts as hung.
+        site: Profile to compare the machine with, if any.
     """
 
     directory: Path = field(default_factory=Path)
@@ -63,12 +66,13 @@ class DoctorOptions:
     require: frozenset[str] = frozenset()
     json_file: Path | None = None
     timeout: float = 60.0
+    site: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense.
 
         Raises:
-            InputError: An unknown requirement, or a time limit that is none.
+            InputError: An unknown requirement or site, or a time limit that is none.
         """
         for name in sorted(self.require - set(REQUIRABLE)):
             near = difflib.get_close_matches(name, REQUIRABLE, 1)
@@ -78,6 +82,8 @@ class DoctorOptions:
             )
         if not 0 < self.timeout < float("inf"):
             raise InputError(f"--timeout {self.timeout:g} is no number of seconds above 0")
+        if self.site is not None:
+            load_profile(self.site)
 
 
 def parse_requirements(texts: Iterable[str]) -> frozenset[str]:
@@ -165,7 +171,11 @@ def _place(options: DoctorOptions) -> tuple[Situation, Finding | None]:
             advice="the rest of this report is about one process only",
         )
     situation = Situation(
-        world=world, directory=options.directory, size=options.size, timeout=options.timeout
+        world=world,
+        directory=options.directory,
+        size=options.size,
+        timeout=options.timeout,
+        site=options.site,
     )
     if world.size == 1 and finding is None:
         finding = _one_process(world, os.environ)

@@ -7,7 +7,7 @@ learned = shuffled − real, in nats a residue.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -66,10 +66,26 @@ class HeldOut:
         self._task = task
         self.proteins = len(numbers)
 
-    def evaluate(self, engine: Engine) -> Evaluation:
-        """Evaluate on all ranks together; each computes every world-size-th batch."""
+    def evaluate(
+        self, engine: Engine, should_stop: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
+        """Evaluate on all ranks together; each computes every world-size-th batch.
+
+        Args:
+            engine: computes and distributes.
+            should_stop: asked before every batch; where any rank's says yes, all give up.
+
+        Returns:
+            The evaluation; None if they gave up.
+        """
         sums = np.zeros((self.proteins, 4))
-        for index in range(engine.world.rank, len(self._batches), engine.world.size):
+        for first in range(0, len(self._batches), engine.world.size):
+            (stops,) = engine.sum_over_ranks([float(should_stop())])
+            if stops:
+                return None
+            index = first + engine.world.rank
+            if index >= len(self._batches):
+                break
             numbers = self._batches[index]
             samples = self._batcher.read(numbers, np.zeros(len(numbers), np.int64))
             batch = self._batcher.pad(-1, samples)

@@ -24,21 +24,22 @@ from preprocessing.records import RecordSet
 from preprocessing.vocabulary import Vocabulary, get_vocabulary
 
 
-def train(recipe: Recipe, *, resume_from: str = "auto") -> int:
+def train(recipe: Recipe, *, resume_from: str = "auto", signals: StopSignals | None = None) -> int:
     """Train on this rank, together with the others that the launcher started.
 
     Args:
         recipe: the run.
         resume_from: `auto` (the run's newest whole checkpoint, if any), `never`, or the path of a
             checkpoint or run directory.
+        signals: what asks the run to end; by default, signals and the job's clock.
 
     Returns:
-        Exit code: 0, or 85 if a signal ended the run early and the job should run again.
+        Exit code: 0, or 85 if a signal or the clock ended the run early and the job should go on.
 
     Raises:
         InputError: whatever the user can mend.
     """
-    signals = StopSignals()
+    signals = signals or StopSignals()
     world = launch.world_from_environment()
     device = launch.device_of(world)
     _use_threads(world)
@@ -101,6 +102,8 @@ def train(recipe: Recipe, *, resume_from: str = "auto") -> int:
     finally:
         trainer.close()
         monitor.close()
+    # Launchers end all ranks once one has ended with another code than 0: rank 0 has to be ready.
+    engine.sum_over_ranks([0.0])
     engine.close()
     return REQUEUE_EXIT_CODE if stopped else 0
 

@@ -11,7 +11,6 @@ import torch
 from hpc.checkpoint import Checkpoint, CheckpointWriter
 from hpc.config import Recipe, as_dict
 from hpc.engines import Engine
-from hpc.evaluation import Evaluation
 from hpc.flops import batch_flops, peak_flops
 from hpc.monitor import Monitor, peak_memory_gib
 from hpc.phases import Inputs, Phase
@@ -81,6 +80,9 @@ class Trainer:
         self._interval = Interval()
         self._peak = peak_flops(engine.device, recipe.train.precision, recipe.log.peak_tflops)
         self._saved_step: int | None = None
+        self._evaluation_due = False
+        self._grad_norm: torch.Tensor | float = 0.0
+        self._applied = False
         self.step = 0
         self.optimizer_steps = optimizer_steps
         """Updates that the moments have seen; a float16 overflow leaves one out."""
@@ -90,10 +92,10 @@ class Trainer:
         self._schedule = self._phase.schedule_after(None, self.optimizer_steps)
 
     def run(self, signals: StopSignals) -> bool:
-        """Train to the last step, or until a signal or `train.stop_at_step` ends it; save.
+        """Train to the last step, or until a signal, the clock or `train.stop_at_step`; save.
 
         Returns:
-            Whether the run stopped before its last step because of a signal.
+            Whether the run should go on, after a signal or at the end of its time.
 
         Raises:
             InputError: if training diverges, a shard cannot be read or a checkpoint not written.
@@ -101,21 +103,28 @@ class Trainer:
         recipe = self._recipe
         last_step = recipe.train.stop_at_step or recipe.train.steps
         self._interval = Interval()
-        signalled = False
-        while self.step < last_step and not signalled:
+        stopping = False
+        if self._evaluation_due:  # an earlier attempt was stopped in it, or just before it
+            stopping = self._evaluate(signals)
+            if self.step == last_step and not stopping:
+                self._saved_step = None  # what is there says that the evaluation is due
+                self._save()
+        while self.step < last_step and not stopping:
             if self.step == self._phase.end_step:
                 self._begin(self._phases[self._phase.number])
-            signalled = self._train_step(signals)
+            stopping = self._train_step(signals)
             self._monitor.advance(self.step)
-            ends = self.step == last_step or signalled
-            if self.step % recipe.log.every_steps == 0 or ends:
+            if self.step % recipe.log.every_steps == 0 or self.step == last_step or stopping:
                 self._log()
             if self._due(recipe.evaluation.every_steps) or self.step == recipe.train.steps:
-                self._evaluate()
-            if self._due(recipe.checkpoint.every_steps) or ends:
+                self._evaluation_due = True
+                stopping = stopping or self._evaluate(signals)
+            if stopping and self._interval.steps:
+                self._log()
+            if self._due(recipe.checkpoint.every_steps) or self.step == last_step or stopping:
                 self._save()
         self._writer.wait()
-        return signalled and self.step < recipe.train.steps
+        return stopping and (self.step < recipe.train.steps or self._evaluation_due)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all mutable state but weights and moments; the cursors are those of all ranks."""
@@ -133,6 +142,7 @@ class Trainer:
             "schedule": self._schedule.state_dict(self._engine.sum_over_ranks),
             "streams": gathered,
             "engine": self._engine.state_dict(),
+            "evaluation_due": self._evaluation_due,
             **self._facts,
         }
 
@@ -142,6 +152,7 @@ class Trainer:
         self.optimizer_steps = state["optimizer_steps"]
         self._engine.load_state_dict(state["engine"])
         self.tokens = float(state["tokens"])
+        self._evaluation_due = state.get("evaluation_due", False)
         world = self._engine.world
         if state["phase"]["number"] != self._phase.number:
             self._begin(self._phases[state["phase"]["number"] - 1])
@@ -202,13 +213,14 @@ class Trainer:
             error = caught
         self._interval.waited += time.monotonic() - began
         objectives = self._task.objectives
+        reason = signals.reason(self._writer.seconds)
         *counts, tokens, slots, flops, stops, errors = self._engine.sum_over_ranks(
             [
                 *(float(sum(batch.counts[name] for batch in batches)) for name in objectives),
                 float(sum(batch.real_tokens for batch in batches)),
                 float(sum(batch.inputs.numel() for batch in batches)),
                 sum(batch_flops(self._recipe.model, batch) for batch in batches),
-                float(signals.received is not None),
+                float(reason is not None),
                 float(error is not None),
             ]
         )
@@ -221,7 +233,7 @@ class Trainer:
         self._interval.slots += slots
         self._interval.flops += flops
         if stops:
-            self._monitor.say(f"{signals.received or 'a rank was signalled'}: saving and ending")
+            self._say_ending(reason)
         denominators = {
             name: max(1.0, count) for name, count in zip(objectives, counts, strict=True)
         }
@@ -250,12 +262,20 @@ class Trainer:
             metrics["train/mfu"] = flops_per_rank / self._peak
         self._monitor.training(self.step, metrics)
 
-    def _evaluate(self) -> Evaluation | None:
+    def _evaluate(self, signals: StopSignals) -> bool:
+        """Evaluate; return whether any rank was asked to stop, which leaves it for later."""
         held_out = self._inputs.held_out
         if held_out is None:
-            return None
+            self._evaluation_due = False
+            return False
         began = time.monotonic()
-        result = held_out.evaluate(self._engine)
+        result = held_out.evaluate(
+            self._engine, lambda: signals.reason(self._writer.seconds) is not None
+        )
+        if result is None:
+            self._say_ending(signals.reason(self._writer.seconds))
+            return True
+        self._evaluation_due = False
         self._schedule.after_evaluation(self.optimizer_steps, result.loss)
         self._monitor.record(self.step, result.metrics())
         self._monitor.say(
@@ -264,7 +284,10 @@ class Trainer:
             f"nats a residue, accuracy {result.accuracy:.1%}, {result.proteins} proteins"
         )
         self._interval.began += time.monotonic() - began  # tokens/s counts training only
-        return result
+        return False
+
+    def _say_ending(self, reason: str | None) -> None:
+        self._monitor.say(f"{reason or 'a rank was asked to end'}: saving and ending")
 
     def _save(self) -> None:
         if self._saved_step == self.step:

@@ -23,6 +23,7 @@ class Situation:
         directory: Directory to try out.
         size: Bytes that each node writes there.
         timeout: Seconds after which whatever does not answer counts as hung.
+        site: Profile to compare the machine with, if any.
         control: Group of torch.distributed, on CPUs, once the ranks have met.
     """
 
@@ -30,6 +31,7 @@ class Situation:
     directory: Path
     size: int
     timeout: float
+    site: str | None = None
     control: Any = None
 
 

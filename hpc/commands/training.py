@@ -1,8 +1,10 @@
 """`prothpc train`, `export` and `doctor`: from records to a model."""
 
+import atexit
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -27,12 +29,37 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto, never, or a checkpoint or run directory to go on from.")
     ] = "auto",
+    stop_after: Annotated[
+        str | None, typer.Option(help="Save and end after this time, [D-]HH:MM:SS.")
+    ] = None,
+    stop_signal: Annotated[
+        str, typer.Option(help="Signal on which to save and end: USR2 or USR1; TERM always does.")
+    ] = "USR2",
 ) -> None:
     """Train a model as a recipe says; the same command again goes on where it ended."""
+    from hpc.stopping import StopSignals
+    from jobs.times import parse_time
+
+    seconds = parse_time(stop_after, "--stop-after") if stop_after is not None else None
+    signals = StopSignals(warning=stop_signal, seconds=seconds)  # before anything that takes long
+
     from hpc.config import load_recipe
     from hpc.train import train as run
 
-    sys.exit(run(load_recipe(recipe, overrides or []), resume_from=resume))
+    code = run(load_recipe(recipe, overrides or []), resume_from=resume, signals=signals)
+    _exit_at_once(code)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """End the process with all that atexit asks for, but without taking Python down.
+
+    Threads of torch.distributed may still let go of tensors then, for which they need Python: that
+    aborts the process, and its exit code says that the run has failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @app.command(epilog=example("prothpc export runs/first model --format hf"))
@@ -65,6 +92,9 @@ def doctor(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="File for all that was measured.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds after which a check has hung.")] = 60.0,
+    profile: Annotated[
+        str | None, typer.Option("--site", help="Profile to compare the machine with.")
+    ] = None,
 ) -> None:
     """Check what a run needs: ranks, network, devices, engines, MPI, disk, search programs.
 
@@ -81,5 +111,6 @@ def doctor(
         require=parse_requirements(require or []),
         json_file=json,
         timeout=timeout,
+        site=profile,
     )
     sys.exit(examine(options))
