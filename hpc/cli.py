@@ -9,7 +9,7 @@ import traceback
 
 import typer
 
-from hpc.commands import bench, corpus, filtering, training
+from hpc.commands import bench, corpus, filtering, jobs, training
 from preprocessing.errors import InputError, OtherRankError
 
 RANK_DELAY_SECONDS = 2.0
@@ -35,14 +35,14 @@ Every stage runs alone on a laptop, and unchanged under mpirun, srun, jsrun or t
 
 No FASTA at hand? prothpc synthesize makes one. Every command explains itself with --help.""",
 )
-for stages in (corpus, filtering, training, bench):
+for stages in (corpus, filtering, training, jobs, bench):
     app.add_typer(stages.app)
 
 
 def main() -> None:
     """Run the command line; wrong input ends in one sentence, a bug in its traceback."""
     logging.basicConfig(format="%(message)s")
-    for package in ("hpc", "models", "preprocessing"):
+    for package in ("hpc", "jobs", "models", "preprocessing"):
         logging.getLogger(package).setLevel(logging.INFO)
     try:
         app()

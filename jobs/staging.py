@@ -11,7 +11,7 @@ from typing import Any
 
 from preprocessing.errors import InputError
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _RUN = "manifest.json", "run.json"
 _SPARE_BYTES = 2**30
 """Left free on the node's disk."""
 
@@ -91,6 +91,8 @@ def _begin(records: Path, target: Path) -> None:
         shutil.rmtree(target)
     target.mkdir(parents=True, exist_ok=True)
     manifest.write_bytes(content)
+    if (records / _RUN).is_file():
+        shutil.copyfile(records / _RUN, target / _RUN)
 
 
 def _copy(source: Path, target: Path, size: int) -> bool:

@@ -65,6 +65,7 @@ def submissions(directory: Path) -> list[Submitted]:
     Raises:
         InputError: there are none.
     """
+    directory = Path(os.path.abspath(directory))  # `.` has no name
     beside = directory.with_name(f"{directory.name}.{FOLDER}")
     roots = (directory / FOLDER, beside, directory, directory.parent)
     for root in roots:

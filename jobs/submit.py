@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -58,7 +59,8 @@ def prepare(request: Request) -> Prepared:
     Raises:
         InputError: a value that cannot stand in a script.
     """
-    root = request.working_directory / request.stage.jobs_directory(request.directory)
+    made = Path(os.path.normpath(request.working_directory / request.directory))
+    root = request.stage.jobs_directory(made)
     directory = root / f"{_next_number(root):04d}-{request.stage.name}"
     job = Script(directory / JOB_SCRIPT, render(request, directory))
     if not (request.tasks and request.stage.merge):

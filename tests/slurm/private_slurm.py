@@ -24,7 +24,20 @@ _NAMESPACES = [
     *("--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"),
 ]
 # The shell stays as the first process of its namespace and collects orphans.
-_NODE = 'set -e; hostname "$1"; mount --bind "$2" /etc/hosts; slurmd -D -N "$1" & wait'
+# /mnt/bb is the node's own disk, empty again after the power has been off.
+_NODE = """
+set -e
+hostname "$1"
+mount --bind "$2" /etc/hosts
+mount -t tmpfs none /mnt
+mkdir /mnt/bb
+for gpu in "$3"/*; do mount --bind /dev/null "$gpu"; done
+slurmd -D -N "$1" &
+wait
+"""
+
+_CPUS, _GPUS = 64, 8
+"""Of a node, as Slurm believes: enough for the jobs of all site profiles."""
 
 _START_SECONDS = 30
 
@@ -42,7 +55,7 @@ def missing_requirement() -> str | None:
 
 
 class PrivateSlurm:
-    """A cluster of `nodes` nodes, named node1, node2, …, of four cores each.
+    """A cluster of `nodes` nodes, named node1, node2, …, with make-believe GPUs.
 
     Everything it writes lies in `directory`; the daemons' logs stay there when it has stopped.
     """
@@ -50,7 +63,7 @@ class PrivateSlurm:
     def __init__(self, directory: Path, nodes: int = 2) -> None:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.directory = directory
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         outside = {key: value for key, value in os.environ.items() if "SLURM" not in key}
         self.environment = {**outside, "PATH": PATH, "SLURM_CONF": str(directory / "slurm.conf")}
 
@@ -62,16 +75,26 @@ class PrivateSlurm:
         self._start_daemon("slurmctld", ["slurmctld", "-D"])
         self._wait(lambda: _answers(port), deadline, "slurmctld does not listen")
         for node in self.nodes:
-            script = ["bash", "-c", _NODE, "bash", node, str(self.directory / "hosts")]
-            self._start_daemon(node, [*_NAMESPACES, *script])
+            self._start_node(node)
         self._wait(self._all_idle, deadline, "the nodes do not become idle")
+
+    def power_off(self, node: str) -> None:
+        """End a node with all its processes, and let the controller know at once."""
+        self._kill(self._daemons.pop(node))
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=power")
+
+    def power_on(self, node: str) -> None:
+        """Start a node that was switched off."""
+        for name in ("spool", "tmp"):  # PMIx trips over what it left there
+            shutil.rmtree(self.directory / name / node, ignore_errors=True)
+        (self.directory / "tmp" / node).mkdir()
+        self._start_node(node)
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def stop(self) -> None:
         """End all daemons and, with the nodes' namespaces, every process of every job."""
-        for daemon in reversed(self._daemons):
-            if daemon.poll() is None:
-                os.killpg(daemon.pid, signal.SIGKILL)
-            daemon.wait()
+        for daemon in reversed(self._daemons.values()):
+            self._kill(daemon)
         self._daemons.clear()
 
     def run(
@@ -121,12 +144,19 @@ class PrivateSlurm:
             # Schedule at once: the default is to gather requests for seconds.
             "SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,bf_interval=1",
             "PropagateResourceLimits=NONE",
-            f"PartitionName=batch Nodes={','.join(self.nodes)} Default=YES MaxTime=10",
+            "GresTypes=gpu",
+            f"PartitionName=batch Nodes={','.join(self.nodes)} Default=YES",
         ]
         lines += [
-            f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=1024"
+            f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs={_CPUS} RealMemory=1024 "
+            f"Gres=gpu:{_GPUS} Feature=nvme,gpu,cpu"
             for node, port in zip(self.nodes, node_ports, strict=True)
         ]
+        (home / "gpu").mkdir()
+        for number in range(_GPUS):
+            (home / "gpu" / str(number)).touch()
+        gpus = f"Name=gpu File={home}/gpu/[0-{_GPUS - 1}]\n"
+        (home / "gres.conf").write_text(gpus)
         (home / "slurm.conf").write_text("\n".join(lines) + "\n")
         (home / "hosts").write_text(f"127.0.0.1 localhost {here} {' '.join(self.nodes)}\n")
         return controller_port
@@ -149,6 +179,16 @@ class PrivateSlurm:
         self._start_daemon("munged", ["munged", "--foreground", "--force", *words])
         self._wait((munge / "socket").exists, deadline, "munged makes no socket")
 
+    def _start_node(self, node: str) -> None:
+        places = [str(self.directory / name) for name in ("hosts", "gpu")]
+        script = ["bash", "-c", _NODE, "bash", node, *places]
+        self._start_daemon(node, [*_NAMESPACES, *script])
+
+    def _kill(self, daemon: subprocess.Popen[bytes]) -> None:
+        if daemon.poll() is None:
+            os.killpg(daemon.pid, signal.SIGKILL)
+        daemon.wait()
+
     def _start_daemon(self, name: str, command: Sequence[str]) -> None:
         # In a session of its own, against Ctrl-C and for killpg; and should the tests be killed
         # before they can stop it, the kernel does (setpriv).
@@ -161,7 +201,7 @@ class PrivateSlurm:
                 stderr=errors,
                 start_new_session=True,
             )
-        self._daemons.append(daemon)
+        self._daemons[name] = daemon
 
     def _all_idle(self) -> bool:
         states = self.run("sinfo", "--noheader", "--Node", "--format=%T").stdout.split()

@@ -89,7 +89,7 @@ export PROTHPC_END_AT=$end PROTHPC_LEAD=300
 if [[ -n $warned$told_to_end ]]; then
   status=85
 else
-  PROTHPC_RANKS=2 run srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=1 "${command[@]}"
+  PROTHPC_RANKS=2 run srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=1 --mpi=pmix "${command[@]}"
 fi
 
 # ---- The end: 0 is finished, 85 wants to go on, anything else has failed.

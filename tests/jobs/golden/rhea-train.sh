@@ -87,7 +87,7 @@ end=$(date -d "${end:-unknown}" +%s 2> /dev/null || echo $(($(date +%s) + 7200))
 export PROTHPC_END_AT=$end PROTHPC_LEAD=300
 
 # ---- Preflight: is everything there, and do the ranks see one another?
-PROTHPC_RANKS=2 run srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 prothpc doctor --dir "$job_dir" --timeout 60
+PROTHPC_RANKS=2 run srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 --mpi=pmix prothpc doctor --dir "$job_dir" --timeout 60
 if [[ $status != 0 && -z $warned$told_to_end ]]; then
   finish "$status" "the preflight failed: see above"
 fi
@@ -96,7 +96,7 @@ fi
 if [[ -n $warned$told_to_end ]]; then
   status=85
 else
-  PROTHPC_RANKS=2 run srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 "${command[@]}"
+  PROTHPC_RANKS=2 run srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 --mpi=pmix "${command[@]}"
 fi
 
 # ---- The end: 0 is finished, 85 wants to go on, anything else has failed.
