@@ -21,6 +21,7 @@ _NEWLINE, _RETURN, _TAB, _SPACE = 10, 13, 9, 32
 _HEADER, _STOP, _MASK = ord(">"), ord("*"), ord("X")
 _WINDOW = 32  # bytes of a header that are searched at once for the end of its id
 _FIRST_LETTER, _LAST_LETTER, _FIRST_LOWER, _LETTERS = ord("A"), ord("Z"), ord("a"), 26
+_FEW = 16  # one in so many: fewer are treated one by one
 _BLANKS = (_SPACE, _TAB, _RETURN)
 
 _HINTS = {
@@ -197,17 +198,25 @@ def _join(text: np.ndarray, lines: _Lines) -> _Residues:
     odd = np.empty(0, np.int64)
     lowercase = 0
     if len(values) and (values.min() < _FIRST_LETTER or values.max() > _LAST_LETTER):
-        capitals, lowercase = _upper(values)
-        odd = np.flatnonzero(_is_no_letter(capitals))
+        capitals, odd, lowercase = _capitals(values)
     return _Residues(values, line_offsets, line_offsets[lines.first_line], odd, capitals, lowercase)
 
 
-def _upper(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return a text with small letters made capital, and how many these were."""
-    lower = values - np.uint8(_FIRST_LOWER) < _LETTERS  # uint8 wraps below a
-    capitals = lower.view(np.uint8) * np.uint8(_FIRST_LOWER - _FIRST_LETTER)
-    np.subtract(values, capitals, out=capitals)
-    return capitals, int(np.count_nonzero(lower))
+def _capitals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return a text with small letters made capital, where it has no letters, and how many."""
+    no_capital = _is_no_letter(values)
+    count = int(np.count_nonzero(no_capital))
+    if count > len(values) // _FEW:
+        lower = values - np.uint8(_FIRST_LOWER) < _LETTERS  # uint8 wraps below a
+        capitals = values - lower.view(np.uint8) * np.uint8(_FIRST_LOWER - _FIRST_LETTER)
+        odd = np.flatnonzero(_is_no_letter(capitals))
+        return capitals, odd, count - len(odd)
+    odd = np.flatnonzero(no_capital)
+    letters = values[odd] - np.uint8(_FIRST_LOWER - _FIRST_LETTER)
+    lower = ~_is_no_letter(letters)
+    capitals = values.copy()
+    capitals[odd[lower]] = letters[lower]
+    return capitals, odd[~lower], int(np.count_nonzero(lower))
 
 
 def _is_no_letter(values: np.ndarray) -> np.ndarray:

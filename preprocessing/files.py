@@ -18,6 +18,7 @@ from preprocessing.errors import InputError
 
 _READ_BYTES = 4 * 2**20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SYNC_THREADS = 8
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -33,9 +34,20 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file its name, once its bytes are on the disk."""
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+    publish_all([(temporary, path)])
+
+
+def publish_all(files: Sequence[tuple[Path, Path]]) -> None:
+    """Give finished files of one directory their names: `(temporary, path)` of each."""
+    temporaries = [temporary for temporary, _ in files]
+    if len(files) > 1:  # file systems sync many files in hardly more time than one
+        with ThreadPoolExecutor(_SYNC_THREADS) as threads:
+            list(threads.map(sync, temporaries))
+    else:
+        sync(temporaries[0])
+    for temporary, path in files:
+        temporary.replace(path)
+    sync(files[0][1].parent)
 
 
 def sync(path: Path) -> None:

@@ -236,6 +236,7 @@ class _Job:
 
         def work(tasks: Iterator[int]) -> dict[int, Shard]:
             opened = self._workspace.open_runs(runs, self._options.memory)
+            self._workspace.read_notes()
             progress = Progress(self._ranks.rank == 0, "reduce", "shards", len(names))
             built = {}
             with self._workspace.building():

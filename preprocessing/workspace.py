@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from preprocessing.files import (
     Background,
     explaining_no_room,
     hash_file,
-    publish,
+    publish_all,
     read_checked,
     sync,
     write_checked,
@@ -36,6 +36,9 @@ _log = logging.getLogger(__name__)
 
 _PLAN = "plan.json"
 _LOCK = "lock"
+_PUBLISH_BYTES, _PUBLISH_SHARDS = 32 * 2**20, 64
+"""Shards are put on the disk and noted in groups of as many: one by one, thousands of small ones
+took most of the time."""
 
 
 class Workspace:
@@ -63,6 +66,8 @@ class Workspace:
         self._plan = plan
         self._lock: int | None = None
         self._background = Background()
+        self._built: list[tuple[Path, Shard]] = []
+        self._noted: dict[str, Shard] = {}
 
     def is_finished(self) -> bool:
         """Return whether there is a finished record set, of whatever plan."""
@@ -132,20 +137,27 @@ class Workspace:
 
     def wait(self) -> None:
         """Wait until what was built is on the disk."""
+        self._publish_built()
         self._background.wait()
 
     def usable_runs(self) -> list[Run]:
         """Return the runs that an earlier attempt left; remove what is left of units cut short."""
         return usable_runs(self.spills)
 
+    def read_notes(self) -> None:
+        """Read which shards an earlier attempt finished."""
+        for path in self.work.glob("*-*.json"):
+            with suppress(OSError, ValueError, TypeError, KeyError):  # a damaged note: made anew
+                self._noted |= {note["name"]: Shard(**note) for note in read_checked(path)}
+
     def finished_shard(self, name: str) -> Shard | None:
-        """Return what is known of a shard, if it was finished and is still what it was."""
+        """Return what the notes say of a shard, if it is still what it was."""
+        shard = self._noted.get(name)
         try:
-            shard = Shard(**read_checked(self._shard_note(name)))
-            found = hash_file(self.output / name)
-        except (OSError, ValueError, TypeError):
+            found = hash_file(self.output / name) if shard is not None else None
+        except OSError:
             return None
-        return shard if found == (shard.bytes, shard.xxh3_128) else None
+        return shard if shard is not None and found == (shard.bytes, shard.xxh3_128) else None
 
     def build_shard(
         self,
@@ -166,7 +178,10 @@ class Workspace:
             marks=marks,
             compression=compression,
         )
-        self._background.submit(lambda: self._publish(temporary, shard))
+        self._built.append((temporary, shard))
+        size = sum(built.bytes for _, built in self._built)
+        if size >= _PUBLISH_BYTES or len(self._built) >= _PUBLISH_SHARDS:
+            self._publish_built()
         return shard
 
     def open_runs(self, runs: Sequence[Run], memory: int) -> RunSet:
@@ -209,12 +224,15 @@ class Workspace:
                 "directory and run the command again"
             ) from error
 
-    def _publish(self, temporary: Path, shard: Shard) -> None:
-        publish(temporary, self.output / shard.name)
-        write_checked(self._shard_note(shard.name), asdict(shard))
+    def _publish_built(self) -> None:
+        if self._built:
+            built, self._built = self._built, []
+            self._background.submit(lambda: self._publish(built))
 
-    def _shard_note(self, name: str) -> Path:
-        return self.work / Path(name).with_suffix(".json").name
+    def _publish(self, built: list[tuple[Path, Shard]]) -> None:
+        publish_all([(temporary, self.output / shard.name) for temporary, shard in built])
+        note = self.work / Path(built[0][1].name).with_suffix(".json")
+        write_checked(note, [asdict(shard) for _, shard in built])
 
     def _take_lock(self) -> None:
         try:

@@ -159,7 +159,7 @@ def fill_case(laboratory: Laboratory, seed: int) -> list[str]:
     return ["refused" if outcome.code else "room enough"]
 
 
-STOPS = (("rename run-N.run", 2), ("rename shard-N.json", 1), ("rename shard-N.json", 4))
+STOPS = (("rename run-N.run", 2), ("rename shard-N.json", 1), ("rename shard-N.arrow", 4))
 """Operations before which a job is killed that leaves files to be damaged."""
 
 MAY_BE_REFUSED = ("plan.json", "indexed.json", "run-")
