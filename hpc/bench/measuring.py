@@ -1,8 +1,7 @@
 """Measuring commands: each one a process of its own, its time, CPU time and memory; results kept.
 
 Samples are added to a JSON file after each measurement, so that a benchmark can be made in portions
-and nothing is lost when it is cut short. A file belongs to one machine, one set of versions and one
-commit.
+and nothing is lost when it is cut short. A file belongs to one machine, a part of it to one commit.
 """
 
 import json
@@ -54,13 +53,14 @@ class Results:
     Args:
         path: where it is, or will be.
         about: what has to be equal for samples to be comparable.
+        commit: what is measured; has to be equal for the samples of a part.
 
     Raises:
         InputError: if the file holds results of something else.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self._path = path
+    def __init__(self, path: Path, about: dict[str, Any], commit: str) -> None:
+        self._path, self._commit = path, commit
         self.content: dict[str, Any] = {**about, "commands": [], "samples": []}
         if path.exists():
             self.content = read_results(path)
@@ -78,9 +78,22 @@ class Results:
         """Keep a fact that is no sample."""
         self.content[name] = value
 
+    def check_part(self, part: str) -> None:
+        """See that a part can be added to.
+
+        Raises:
+            InputError: if it was measured at another commit.
+        """
+        for sample in self.content["samples"]:
+            if sample["part"] == part and sample["commit"] != self._commit:
+                raise InputError(
+                    f"{self._path}: its part {part} was measured at commit {sample['commit']}, "
+                    f"this is {self._commit}: choose another --output"
+                )
+
     def add(self, case: Case, sample: dict[str, Any]) -> None:
         """Add a sample and write the file."""
-        about = {"part": case.part, "case": case.name, "bytes": case.bytes}
+        about = {"part": case.part, "case": case.name, "bytes": case.bytes, "commit": self._commit}
         self.content["samples"].append(about | sample)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, (json.dumps(self.content, indent=1) + "\n").encode())
@@ -117,8 +130,13 @@ def measure(case: Case) -> dict[str, Any]:
         text=True,
         env={**environment(), **case.environment},
     )
-    peak = _watch(process) if case.watch_memory else None
-    output, errors = process.communicate()
+    try:
+        peak = _watch(process) if case.watch_memory else None
+        output, errors = process.communicate()
+    except BaseException:  # a job of many processes is not left behind
+        process.terminate()
+        process.wait()
+        raise
     seconds = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:

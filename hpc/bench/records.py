@@ -5,6 +5,7 @@ a part take turns, round after round; tables give medians.
 """
 
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,11 @@ from preprocessing.sizes import parse_size
 
 SCALING = ("0.1GB", "0.3GB", "1GB", "2GB", "4GB")
 """Sizes of FASTA of the parts linearity and memory."""
+
+_SMALLER = 10
+"""Hugging Face's writer gets a tenth of the FASTA: with all of it, it would take minutes."""
+
+_COPY_BYTES = 2**24
 
 TINY = "1MB"
 """FASTA whose job is all start-up: the base line of memory and time."""
@@ -75,6 +81,8 @@ def bench(options: BenchOptions) -> None:
     Raises:
         InputError: if a measured command fails, or the results file is of something else.
     """
+    # What lies on a tmpfs takes memory until it is removed: end in order also when asked to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="prothpc-bench-", dir=options.tmpfs) as memory:
         if options.work is not None:
             options.work.mkdir(parents=True, exist_ok=True)
@@ -88,22 +96,21 @@ def _run(options: BenchOptions, places: "_Places") -> None:
     if options.peers:
         _install(places.site)
     site = places.site if places.site.is_dir() else None
-    about = {
-        "benchmark": "records",
-        "machine": describe_machine(),
-        "commit": describe_commit(),
-        "size": options.size,
-    }
-    results = Results(options.output, about)
+    about = {"benchmark": "records", "machine": describe_machine(), "size": options.size}
+    results = Results(options.output, about, describe_commit())
+    for part in options.only:
+        results.check_part(part)
     results.note("versions", describe_versions(_VERSIONS, site))
     missing = sorted(set(records_peers.LIBRARIES) - set(_present(site)))
-    if "peers" in options.only and missing:
+    if missing and {"read", "peers"} & set(options.only):
         print(
             f"not measured, for want of their libraries: {', '.join(missing)}; "
             "--peers installs them for the occasion"
         )
     for part in options.only:
         run_rounds(PARTS[part](places), results, options.rounds)
+        for path in places.memory.iterdir():
+            remove(path)
     if options.report is not None:
         write_report(options.output, options.report)
         print(f"{options.report}: written from {options.output}")
@@ -125,33 +132,36 @@ class _Places:
             made = path.with_suffix(".part.fasta")
             _prepare("synthesize", made, "--size", str(size), "--seed", "1", "--overwrite")
             made.rename(path)
-        _warm(path)
+        with path.open("rb", buffering=0) as file:
+            while file.read(_COPY_BYTES):
+                pass
         return path
 
     def in_memory(self, path: Path) -> Path:
-        """A copy of a file on the tmpfs."""
+        """A copy of a file or directory on the tmpfs, until the part is over."""
         copy = self.memory / path.name
         if not copy.exists():
-            shutil.copyfile(path, copy)
+            if path.is_dir():
+                shutil.copytree(path, copy)
+            else:
+                shutil.copyfile(path, copy)
         return copy
 
     def records(self, compression: str) -> Path:
-        """Records of the FASTA, on the disk and in the page cache."""
+        """Records of the FASTA on the tmpfs."""
         path = self.work / f"records-{self.size}-{compression}"
         if not path.exists():
             _prepare("preprocess", self.fasta(self.size), "-o", path, "--compression", compression)
-        _warm(path)
-        return path
+        return self.in_memory(path)
 
     def made_by(self, writer: str) -> Path:
-        """Records of the same FASTA in another format, on the disk and in the page cache."""
+        """Records of the same FASTA in another format, on the tmpfs."""
         path = self.work / f"{writer}-{self.size}"
         if not path.exists():
             made = path.with_name(path.name + ".part")
             measure(self.peer_writer("prepare", writer, self.fasta(self.size), made, keeps=True))
             made.rename(path)
-        _warm(path)
-        return path
+        return self.in_memory(path)
 
     def job(
         self, part: str, name: str, fasta: Path, output: Path, *options: str, ranks: int = 1
@@ -198,8 +208,23 @@ def _write(places: _Places) -> list[Case]:
 
 
 def _read(places: _Places) -> list[Case]:
-    """Our readers."""
-    return [_reader("read", name, places.records("none")) for name in records_read.READERS]
+    """Our readers, and those of other formats, on tmpfs."""
+    ours = places.records("none")
+    cases = [_reader("read", name, ours) for name in records_read.READERS]
+    present = _present(places.site if places.site.is_dir() else None)
+    for reader in records_peers.READERS:
+        writer = reader.removesuffix("-items")
+        if writer in present:
+            cases.append(
+                Case(
+                    part="read",
+                    name=f"other: {reader}",
+                    command=[*_PEERS, "read", reader, places.made_by(writer)],
+                    reports=True,
+                    environment=_with_site(places.site),
+                )
+            )
+    return cases
 
 
 def _compression(places: _Places) -> list[Case]:
@@ -249,31 +274,15 @@ def _scaling(part: str) -> Callable[[_Places], list[Case]]:
 
 
 def _peers(places: _Places) -> list[Case]:
-    """Other formats' writers and readers beside ours, on tmpfs."""
+    """Other formats' writers beside the whole job, on tmpfs."""
     present = _present(places.site if places.site.is_dir() else None)
     fasta = places.in_memory(places.fasta(places.size))
-    small = places.in_memory(places.fasta(places.size // 10))
+    small = places.in_memory(places.fasta(places.size // _SMALLER))
     cases = [places.job("peers", "prothpc, whole job", fasta, places.memory / "made")]
     for writer in records_peers.WRITERS:
         if writer in present:
-            # Hugging Face's writer would take minutes.
             text = small if writer == "datasets" else fasta
             cases.append(places.peer_writer("peers", writer, text, places.memory / "made"))
-    ours = places.records("none")
-    cases += [_reader("peers", name, ours, " reader") for name in ("packed", "scattered")]
-    for reader in records_peers.READERS:
-        writer = reader.removesuffix("-items")
-        if writer in present:
-            cases.append(
-                Case(
-                    part="peers",
-                    name=f"{reader} reader",
-                    command=[*_PEERS, "read", reader, places.made_by(writer)],
-                    bytes=places.size,
-                    reports=True,
-                    environment=_with_site(places.site),
-                )
-            )
     return cases
 
 
@@ -348,15 +357,6 @@ def _pack(plain: Path, packed: Path, command: list[str]) -> None:
     with partial.open("wb") as file:
         subprocess.run([*command, "-c", str(plain)], stdout=file, check=True)
     partial.rename(packed)
-
-
-def _warm(path: Path) -> None:
-    """Bring a file, or all files under a directory, into the page cache."""
-    for file in [path] if path.is_file() else path.rglob("*"):
-        if file.is_file():
-            with file.open("rb", buffering=0) as content:
-                while content.read(2**24):
-                    pass
 
 
 def _text_bytes(fasta: Path) -> int:

@@ -106,9 +106,7 @@ def write_lmdb(fasta: Path, output: Path) -> None:
     import lmdb
 
     number = 0
-    with lmdb.open(
-        str(output), map_size=_LMDB_BYTES, sync=False, metasync=False, writemap=True
-    ) as database:
+    with lmdb.open(str(output), map_size=_LMDB_BYTES, sync=False, metasync=False) as database:
         for _, sequences in parse(fasta):
             keys = (n.to_bytes(8, "big") for n in range(number, number + len(sequences)))
             with database.begin(write=True) as transaction, transaction.cursor() as cursor:

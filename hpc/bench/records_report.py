@@ -53,7 +53,7 @@ def _about(content: dict[str, Any]) -> Iterator[str]:
         f"Machine: {machine['cores']} cores of {machine['processor']}, "
         f"{machine['memory_gib']:.0f} GiB, {machine['system']}; Python {machine['python']}, "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
-        + f". Commit {content['commit']}. FASTA: {content['size'] / 1e6:,.0f} MB where no other "
+        + f". Commit {_commits(content)}. FASTA: {content['size'] / 1e6:,.0f} MB where no other "
         "size is given, synthetic, 60-column lines. Medians; least and greatest in brackets."
     )
     yield ""
@@ -61,6 +61,17 @@ def _about(content: dict[str, Any]) -> Iterator[str]:
     yield from content["commands"]
     yield "```"
     yield ""
+
+
+def _commits(content: dict[str, Any]) -> str:
+    parts: dict[str, list[str]] = {}
+    for sample in content["samples"]:
+        names = parts.setdefault(sample["commit"], [])
+        if sample["part"] not in names:
+            names.append(sample["part"])
+    if len(parts) == 1:
+        return next(iter(parts))
+    return ", ".join(f"{commit} ({', '.join(names)})" for commit, names in parts.items())
 
 
 def _write_table(samples: Samples) -> Iterator[str]:
@@ -116,23 +127,27 @@ def _memory_table(samples: Samples) -> Iterator[str]:
 
 
 def _read_table(samples: Samples) -> Iterator[str]:
-    yield from _head("reader, one process", "records/s", "M tokens or residues/s")
+    ours = samples.get("packed")
+    yield from _head("reader, one process", "records/s", "MB of residues/s", "packed is × as fast")
+    for case, of_case in sorted(samples.items(), key=lambda item: -_record_speed(item[1])):
+        if not _for_training(case):
+            ratio = f"{_record_speed(ours) / _record_speed(of_case):.1f}" if ours else ""
+            yield _row(case, _records_rate(of_case), _residues_rate(of_case), ratio)
+    yield ""
+    yield from _head("micro-batches for training, one process", "records/s", "M tokens/s")
     for case, of_case in samples.items():
-        yield _row(case, _records_rate(of_case), _residues_rate(of_case))
+        if _for_training(case):
+            yield _row(case, _records_rate(of_case), _residues_rate(of_case))
 
 
 def _peers_table(samples: Samples) -> Iterator[str]:
-    writers = {case: part for case, part in samples.items() if not case.endswith(" reader")}
     yield from _head("writer, one process", "MB/s of FASTA", "seconds", "MB of FASTA")
-    for case, of_case in sorted(writers.items(), key=lambda item: -_speed(item[1])):
+    for case, of_case in sorted(samples.items(), key=lambda item: -_speed(item[1])):
         yield _row(case, _rate(of_case), _seconds(of_case), f"{of_case[0]['bytes'] / 1e6:,.0f}")
-    readers = {case: part for case, part in samples.items() if case.endswith(" reader")}
-    ours = readers.get("packed reader")
-    yield ""
-    yield from _head("reader, one process", "records/s", "MB of residues/s", "packed is × as fast")
-    for case, of_case in sorted(readers.items(), key=lambda item: -_record_speed(item[1])):
-        ratio = f"{_record_speed(ours) / _record_speed(of_case):.1f}" if ours else ""
-        yield _row(case, _records_rate(of_case), _residues_rate(of_case), ratio)
+
+
+def _for_training(case: str) -> bool:
+    return case.startswith(("padded", "masked"))
 
 
 _TABLES: dict[str, Callable[[Samples], Iterator[str]]] = {

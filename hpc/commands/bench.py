@@ -53,7 +53,7 @@ def records(
 
     Every measurement is a process of its own; cases take turns, tables give medians. Without
     --peers only formats whose libraries are installed are measured. Needs about six times --size
-    of memory and of disk, 10 GB of disk for linearity and memory.
+    in memory and twice that on the disk, where linearity and memory want 15 GB.
     """
     from hpc.bench.records import BenchOptions, bench
     from preprocessing.sizes import parse_size

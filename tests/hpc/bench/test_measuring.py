@@ -9,7 +9,7 @@ import pytest
 from hpc.bench.measuring import Case, Results, measure, read_results, run_rounds
 from preprocessing.errors import InputError
 
-ABOUT = {"machine": {"cores": 2}, "commit": "abc", "size": 10}
+ABOUT = {"machine": {"cores": 2}, "size": 10}
 
 
 def program(text: str, **about: object) -> Case:
@@ -63,24 +63,34 @@ def test_rounds_alternate_and_samples_are_added_to_the_file(tmp_path: Path) -> N
     cases = [
         Case(part="p", name=name, command=[sys.executable, "-c", ""]) for name in ("a", "b", "c")
     ]
-    run_rounds(cases, Results(path, ABOUT), rounds=2)
+    run_rounds(cases, Results(path, ABOUT, "abc"), rounds=2)
     assert [sample["case"] for sample in read_results(path)["samples"]] == list("abccba")
-    run_rounds(cases[:1], Results(path, ABOUT), rounds=1)
+    run_rounds(cases[:1], Results(path, ABOUT, "abc"), rounds=1)
     content = json.loads(path.read_bytes())
     assert [sample["case"] for sample in content["samples"]] == list("abccbaa")
     assert content["machine"] == {"cores": 2}
     assert len(content["commands"]) == 1
 
 
-@pytest.mark.parametrize("change", [{"machine": {"cores": 4}}, {"commit": "abd"}, {"size": 11}])
+@pytest.mark.parametrize("change", [{"machine": {"cores": 4}}, {"size": 11}])
 def test_samples_of_something_else_are_not_mixed(tmp_path: Path, change: dict) -> None:
     path = tmp_path / "r.json"
     case = Case(part="p", name="a", command=[sys.executable, "-c", ""])
-    run_rounds([case], Results(path, ABOUT), rounds=1)
+    run_rounds([case], Results(path, ABOUT, "abc"), rounds=1)
     before = path.read_bytes()
     with pytest.raises(InputError, match=f"another {next(iter(change))}.*choose another --output"):
-        Results(path, {**ABOUT, **change})
+        Results(path, {**ABOUT, **change}, "abc")
     assert path.read_bytes() == before
+
+
+def test_a_part_is_of_one_commit(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    case = Case(part="p", name="a", command=[sys.executable, "-c", ""])
+    run_rounds([case], Results(path, ABOUT, "abc"), rounds=1)
+    later = Results(path, ABOUT, "abd")
+    later.check_part("q")
+    with pytest.raises(InputError, match="part p was measured at commit abc, this is abd"):
+        later.check_part("p")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\xff"])
@@ -88,4 +98,4 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path: Path, content: str) -
     path = tmp_path / "r.json"
     path.write_text(content, encoding="latin-1")
     with pytest.raises(InputError, match="not a file of 'prothpc bench'"):
-        Results(path, ABOUT)
+        Results(path, ABOUT, "abc")

@@ -1,6 +1,10 @@
 """What `prothpc bench records` measures is right, and its tables say what the samples say."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -113,7 +117,8 @@ def test_wrong_options_are_refused(tmp_path: Path, change: dict, message: str) -
 
 
 def sample(part: str, case: str, seconds: float, **more: object) -> dict:
-    return {"part": part, "case": case, "bytes": 10**9, "seconds": seconds, **more}
+    about = {"part": part, "case": case, "bytes": 10**9, "commit": "abc"}
+    return about | {"seconds": seconds, **more}
 
 
 def test_tables_give_medians_and_ratios(tmp_path: Path) -> None:
@@ -125,8 +130,9 @@ def test_tables_give_medians_and_ratios(tmp_path: Path) -> None:
         sample("gzip", "gz", 6.3),
         sample("peers", "prothpc, whole job", 4.0),
         sample("peers", "mds", 8.0),
-        sample("peers", "packed reader", 2.0, records=12_000_000, residues=10**9),
-        sample("peers", "lmdb reader", 1.0, records=1_000_000, residues=10**8),
+        sample("read", "packed", 2.0, records=12_000_000, residues=10**9),
+        sample("read", "other: lmdb", 1.0, records=1_000_000, residues=10**8),
+        sample("read", "masked-8", 1.0, records=2_000_000, residues=2 * 10**8),
         sample("memory", "1GB", 4.0, peak_anonymous=100 * 2**20),
         sample("linearity", "1GB", 4.0, cpu_seconds=4.0),
         sample("linearity", "2GB", 8.0, cpu_seconds=8.0) | {"bytes": 2 * 10**9},
@@ -135,7 +141,7 @@ def test_tables_give_medians_and_ratios(tmp_path: Path) -> None:
         "machine": {
             "processor": "x", "cores": 2, "memory_gib": 24.0, "system": "Linux", "python": "3.11"
         },
-        "commit": "abc", "size": 10**9, "commands": ["prothpc bench records"],
+        "size": 10**9, "commands": ["prothpc bench records"],
     }  # fmt: skip
     results, report = tmp_path / "r.json", tmp_path / "r.md"
     results.write_text(json.dumps({**about, "samples": samples}))
@@ -151,7 +157,8 @@ def test_tables_give_medians_and_ratios(tmp_path: Path) -> None:
     assert "| tmpfs, 2 | 400 | 2.50 (2.00 to 3.00) | 2.50 | 2.00 |" in lines
     assert "| gz | 6.30 | 159 | 1.05 |" in lines
     assert "| mds | 125 | 8.00 | 1,000 |" in lines
-    assert "| lmdb reader | 1,000,000 | 100 | 6.0 |" in lines
+    assert "| other: lmdb | 1,000,000 | 100 | 6.0 |" in lines
+    assert "| masked-8 | 2,000,000 | 200 |" in lines
     assert "| 1GB | 100 | 100 |" in lines
     assert (tmp_path / "r.linearity.png").read_bytes().startswith(b"\x89PNG")
 
@@ -163,6 +170,23 @@ def test_the_command_measures_every_part_by_default() -> None:
 
     (parameter,) = (p for p in get_command(group).commands["records"].params if p.name == "only")
     assert parameter.default.split(",") == list(PARTS)
+
+
+def test_nothing_stays_in_memory_when_it_is_ended(
+    tmp_path: Path, rank_environment: dict[str, str]
+) -> None:
+    (tmp_path / "memory").mkdir()
+    command = [
+        sys.executable, "-m", "hpc.cli", "bench", "records", "--size", "20MB", "--only", "write",
+        "--tmpfs", tmp_path / "memory", "--work", tmp_path / "work", "--output", tmp_path / "r",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=rank_environment)
+    end = time.monotonic() + 60
+    while not list((tmp_path / "memory").glob("*/corpus*")) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not list((tmp_path / "memory").iterdir())
 
 
 @pytest.mark.slow
