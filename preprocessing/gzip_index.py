@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from preprocessing.columns import open_arrow
 from preprocessing.errors import InputError
@@ -25,7 +26,14 @@ SPACING_BYTES = 8 * 2**20
 """Bytes of the gzip file from one point to the next, at least. A point costs 32 KiB."""
 
 _VERSION = 1
-_SCHEMA = pa.schema([("bit", pa.uint64()), ("text", pa.uint64()), ("window", pa.large_binary())])
+_SCHEMA = pa.schema(
+    [
+        ("bit", pa.uint64()),  # of the gzip file: where a deflate block begins
+        ("text", pa.uint64()),  # where its text begins
+        ("window", pa.large_binary()),  # the text before it
+        ("check", pa.uint64()),  # xxh3-64 of the three
+    ]
+)
 
 # The format of indexed_gzip, which rapidgzip writes.
 _MAGIC = b"GZIDX"
@@ -54,11 +62,24 @@ class SeekIndex:
             raise IndexFailed(f"{path} cannot be read ({error})") from error
         if about != _about(size, mtime_ns):
             raise IndexFailed(f"{path} belongs to another state of the file")
+        self._path = path
         self._bits = self._points["bit"].to_numpy()
-        self._texts = self._points["text"].to_numpy()
+
+    def check(self) -> None:
+        """Check all points.
+
+        Raises:
+            IndexFailed: if one has changed since it was written.
+        """
+        for number in range(len(self._bits)):
+            self._point(number)
 
     def section(self, start: int, stop: int) -> Section | None:
-        """Return the part of the text that begins in a range of the gzip file's bytes, if any."""
+        """Return the part of the text that begins in a range of the gzip file's bytes, if any.
+
+        Raises:
+            IndexFailed: if the points at its ends have changed since they were written.
+        """
         bounds = np.searchsorted(self._bits, np.array([start, stop]) * 8)
         first, last = int(bounds[0]), int(bounds[1])
         if start == 0:
@@ -66,16 +87,19 @@ class SeekIndex:
         elif first == last:
             return None
         else:
-            began, text = int(self._bits[first]), int(self._texts[first])
-            window = self._points["window"][first].as_py()
+            began, text, window = self._point(first)
         if last == len(self._bits):
             return Section(began=began, ended=-1, window=window, text_bytes=None)
-        return Section(
-            began=began,
-            ended=int(self._bits[last]),
-            window=window,
-            text_bytes=int(self._texts[last]) - text,
-        )
+        ended, next_text, _ = self._point(last)
+        return Section(began=began, ended=ended, window=window, text_bytes=next_text - text)
+
+    def _point(self, number: int) -> tuple[int, int, bytes]:
+        bit, text, window, check = (column[number].as_py() for column in self._points.columns)
+        if check != _check_sum(bit, text, window):
+            raise IndexFailed(
+                f"{self._path} is damaged: delete the output directory that it is in, and run again"
+            )
+        return bit, text, window
 
 
 def build_index(path: Path, size: int, mtime_ns: int, index: Path, threads: int) -> None:
@@ -104,6 +128,10 @@ def build_index(path: Path, size: int, mtime_ns: int, index: Path, threads: int)
     finally:
         exported.unlink(missing_ok=True)
         temporary.unlink(missing_ok=True)
+
+
+def _check_sum(bit: int, text: int, window: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(struct.pack("<QQ", bit, text) + window)
 
 
 def _about(size: int, mtime_ns: int) -> dict[str, int]:
@@ -135,6 +163,7 @@ def _thin_out(points: BinaryIO) -> pa.RecordBatch:
     bits: list[int] = []
     texts: list[int] = []
     windows: list[bytes] = []
+    checks: list[int] = []
     windows_at, last = points.tell(), 0
     for byte, text, first_bits, has_window in found:
         bit = 8 * byte - first_bits
@@ -143,8 +172,8 @@ def _thin_out(points: BinaryIO) -> pa.RecordBatch:
             bits.append(bit)
             texts.append(text)
             windows.append(points.read(window_bytes) if has_window else b"")
+            checks.append(_check_sum(bit, text, windows[-1]))
             last = text
         windows_at += window_bytes * has_window
-    arrays = [pa.array(values, field.type) for values, field in
-              zip([bits, texts, windows], _SCHEMA, strict=True)]  # fmt: skip
-    return pa.record_batch(arrays, schema=_SCHEMA)
+    columns = zip((bits, texts, windows, checks), _SCHEMA.types, strict=True)
+    return pa.record_batch([pa.array(*column) for column in columns], schema=_SCHEMA)

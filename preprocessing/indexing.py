@@ -150,7 +150,7 @@ def _fetch(source: Source, beside: Path, work: Path, number: int) -> bool:
     if not kept.exists():
         return False
     try:
-        SeekIndex(kept, source.bytes, source.mtime_ns)
+        SeekIndex(kept, source.bytes, source.mtime_ns).check()
         _link(kept, _index_in(work, number))
     except (IndexFailed, OSError) as error:
         _log.warning("%s: its seek index is of no use: %s", source.path, error)

@@ -173,21 +173,33 @@ class TestKeeping:
         assert self.make(path, "second", gzip_index=False) == expected
         assert "seek" not in caplog.text
 
-    @pytest.mark.parametrize("spoil", [b"", b"something else", None])
+    @pytest.mark.parametrize("spoil", ["empty", "other", "flipped", "new file"])
     def test_made_again_when_it_is_spoilt_or_the_file_is_new(
-        self, path: Path, built: list[Path], spoil: bytes | None
+        self, path: Path, built: list[Path], spoil: str
     ) -> None:
-        self.make(path, "first", gzip_index=True)
+        expected = self.make(path, "first", gzip_index=True)
         (kept,) = path.parent.glob("*.seek-index")
-        if spoil is None:
+        data = kept.read_bytes()
+        kept.unlink()
+        middle = len(data) // 2  # in the text before a point
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        kept.write_bytes({"empty": b"", "other": b"other", "flipped": flipped}.get(spoil, data))
+        if spoil == "new file":
             os.utime(path)
-        else:
-            kept.unlink()
-            kept.write_bytes(spoil)
-        self.make(path, "second", gzip_index=True)
+        assert self.make(path, "second", gzip_index=True) == expected
         assert built == [path, path]
         source = examine(path)
-        assert SeekIndex(kept, source.bytes, source.mtime_ns)
+        SeekIndex(kept, source.bytes, source.mtime_ns).check()
+
+    def test_damaged_while_it_is_used(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gzip_index, "_check_sum", lambda *_: 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("preprocessing.generate._Job.map", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                self.make(path, "set", gzip_index=True)
+        monkeypatch.undo()
+        with pytest.raises(InputError, match=r"set/\.work/index-00000\.arrow is damaged: delete"):
+            self.make(path, "set")
 
     @pytest.mark.parametrize("lost", [False, True])
     def test_restart_uses_the_index_that_was_begun_with(

@@ -2,12 +2,14 @@
 
 import gzip
 import io
+import json
 import re
 import struct
 import zlib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -15,6 +17,7 @@ import zstandard
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from record_sets import DRIVER, content
 
 from preprocessing import gzip_text, zstd_text
 from preprocessing.errors import InputError
@@ -157,6 +160,29 @@ class TestRealProteins:
         found, _, records = read_units(examine(path), self.unit_bytes, 2**20)
         assert found == expected
         assert sum(number > 0 for number in records) >= together
+
+
+@pytest.mark.slow
+def test_same_bytes_for_any_packing_and_rank_count(
+    tmp_path: Path, text: bytes, mpirun: Callable[..., Any]
+) -> None:
+    cuts = list(range(0, len(text), 60_000))
+    jobs = []
+    for name, pack in PACKINGS.items():
+        path = tmp_path / f"{name}.in"
+        path.write_bytes(pack(pieces(text, cuts)))
+        jobs.append(([str(path)], str(tmp_path / f"{name}-SIZE"), {"shards": 3}, 200_000))
+    for size in (1, 2, 3):
+        mine = json.dumps(jobs).replace("SIZE", str(size))
+        result = mpirun(size, "-c", DRIVER, str(size), mine)
+        assert result.stdout.count("done") == size * len(jobs), result.stderr
+    expected = content(tmp_path / "plain-1")
+    for name in PACKINGS:
+        alone = content(tmp_path / f"{name}-1")
+        differing = {file for file in expected if alone[file] != expected[file]}
+        assert differing == ({"manifest.json"} if name != "plain" else set())
+        for size in (2, 3):
+            assert content(tmp_path / f"{name}-{size}") == alone
 
 
 LINES = b"".join(b">%d x\nMKVA\n\nMKV\n" % number for number in range(4000))
