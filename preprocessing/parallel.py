@@ -207,6 +207,7 @@ def share_out(ranks: Ranks, count: int, work: Callable[[Iterator[int]], T]) -> l
         except Exception as caught:
             counter.add(_STOP)
             failure, error = _describe(caught, tasks.current, ranks.rank), caught
+        ranks.rest()  # others may need more cores than their own
         outcomes = ranks.allgather((result, failure))
     _raise_first([failure for _, failure in outcomes], error)
     return [result for result, _ in outcomes]  # type: ignore[misc]

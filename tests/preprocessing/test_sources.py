@@ -249,6 +249,12 @@ class TestDamage:
         said = self.refuse(tmp_path / "in", PACKINGS[packing](PARTS), 700)
         assert "is damaged (its parts do not join)" in said
 
+    def test_zstd_that_looks_back_too_far(self, tmp_path: Path) -> None:
+        parameters = zstandard.ZstdCompressionParameters(window_log=28)
+        frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        said = self.refuse(tmp_path / "in", frame.compress(LINES) + frame.flush(), 700)
+        assert "compressed with --long or --ultra; compress it without" in said
+
     @pytest.mark.parametrize("which", [0, 1])
     def test_gzip_member_with_a_wrong_end(self, tmp_path: Path, which: int) -> None:
         member = bytearray(gzip.compress(LINES))
