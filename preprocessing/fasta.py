@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from preprocessing.columns import gather, parts, take, to_binary
+from preprocessing.uniref_headers import pack_metadata
 
 OnInvalid = Literal["error", "mask", "drop"]
 
@@ -63,21 +64,30 @@ class Parsed:
     """bool [N], records to be dropped; all False unless `on_invalid` is "drop"."""
     changed: dict[str, int]
     """How many residues were upper-cased or masked, and how many stops were stripped."""
+    metadata: pa.Array | None = None
+    """binary [N], of the headers, see `uniref_headers`; None if it is not wanted."""
 
     def take(self, rows: np.ndarray) -> Parsed:
         """Return some of the records."""
         return Parsed(
-            take(self.ids, rows), take(self.sequences, rows), self.invalid[rows], self.changed
+            take(self.ids, rows),
+            take(self.sequences, rows),
+            self.invalid[rows],
+            self.changed,
+            None if self.metadata is None else take(self.metadata, rows),
         )
 
 
-def parse(text: np.ndarray, on_invalid: OnInvalid = "error") -> Parsed:
+def parse(
+    text: np.ndarray, on_invalid: OnInvalid = "error", *, keep_metadata: bool = False
+) -> Parsed:
     """Parse whole records.
 
     Args:
         text: uint8 [B]; starts with the `>` of a header, ends with a newline, B < 2**31.
         on_invalid: what to do with a record that holds something other than residues: "error"
             refuses it, "mask" writes X there, "drop" marks the record (an empty one too).
+        keep_metadata: whether to look for UniRef's metadata in the headers.
 
     Raises:
         FastaProblem: for the first thing in the chunk that is refused.
@@ -100,7 +110,10 @@ def parse(text: np.ndarray, on_invalid: OnInvalid = "error") -> Parsed:
     if on_invalid == "drop":
         invalid[result.bad_records] = True
         invalid |= np.diff(parts(result.sequences)[0]) == 0
-    return Parsed(ids, result.sequences, invalid, result.changed)
+    metadata = None
+    if keep_metadata:
+        metadata = pack_metadata(ids, gather(text, lines.id_stops, lines.header_stops))
+    return Parsed(ids, result.sequences, invalid, result.changed, metadata)
 
 
 class _Lines:
@@ -115,6 +128,7 @@ class _Lines:
         header_lines = np.flatnonzero(is_header)
         self.headers = starts[header_lines]
         """Position of each record's `>`."""
+        self.header_stops = stops[header_lines]
         self.id_starts = self.headers + 1
         self.id_stops = _first_blanks(text, self.id_starts)
         sequence_lines = np.flatnonzero(~is_header)

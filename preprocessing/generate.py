@@ -22,7 +22,6 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from preprocessing.columns import key_column
 from preprocessing.compressed import Stretch
 from preprocessing.errors import InputError
 from preprocessing.indexing import choose_indexes
@@ -36,6 +35,7 @@ from preprocessing.planning import Plan, describe_plan, make_plan, text_bytes, u
 from preprocessing.progress import Progress
 from preprocessing.raw import BadInput
 from preprocessing.records import RecordSet, read_manifest
+from preprocessing.runs import run_columns
 from preprocessing.selection import Selection
 from preprocessing.shards import Shard, piece_bytes
 from preprocessing.sources import (
@@ -205,6 +205,7 @@ class _Job:
                 self._workspace.spills,
                 self._placement,
                 self._options.memory,
+                schema=run_columns(metadata=self._options.keep_metadata),
                 parts=parts_of(runs) if runs else self._shard_parts(),
             )
             selection = open_selection(self._workspace.work, self._options, self._placement)
@@ -235,7 +236,9 @@ class _Job:
         names = [self._placement.file_name(number) for number in range(len(self._placement))]
 
         def work(tasks: Iterator[int]) -> dict[int, Shard]:
-            opened = self._workspace.open_runs(runs, self._options.memory)
+            opened = self._workspace.open_runs(
+                runs, self._options.memory, run_columns(metadata=self._options.keep_metadata)
+            )
             self._workspace.read_notes()
             progress = Progress(self._ranks.rank == 0, "reduce", "shards", len(names))
             built = {}
@@ -248,6 +251,7 @@ class _Job:
                             opened.buckets(number),
                             dedup=self._options.dedup,
                             marks=self._options.leaves_marks,
+                            metadata=self._options.keep_metadata,
                             compression=self._options.compression,
                         )
                     built[number] = shard
@@ -325,12 +329,17 @@ class _Job:
         )
         result = UnitResult(unit=number)
         hasher = xxhash.xxh3_128()
-        for chunk, parsed in parsed_chunks(reader, source.path, options.on_invalid, options.limit):
+        for chunk, parsed in parsed_chunks(
+            reader,
+            source.path,
+            options.on_invalid,
+            options.limit,
+            keep_metadata=options.keep_metadata,
+        ):
             if options.limit is not None:
                 hasher.update(chunk.text.data)
             for rows in selection.select(parsed, result.counts):
-                columns = [key_column(rows.keys), rows.ids, rows.sequences]
-                spiller.add(number, columns, rows.shards)
+                spiller.add(number, rows.columns(), rows.shards)
             progress.add(len(parsed.ids), len(chunk.text))
         result.block_hashes = reader.block_hashes if options.limit is None else [hasher.hexdigest()]
         result.stretch = None if reader.stretch is None else asdict(reader.stretch)

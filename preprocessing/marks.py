@@ -24,10 +24,9 @@ EXCLUDED, IN_HOLDOUT = ord("-"), ord("+")
 _FIRST_LETTER = ord("A")
 
 
-def mark_columns(count: int, mark: int) -> tuple[pa.Array, pa.Array]:
-    """Return the ids and residues, binary [count] each, of marks."""
-    no_text = to_binary(np.zeros(count + 1, np.int32), np.empty(0, np.uint8))
-    return no_text, to_binary(np.arange(count + 1, dtype=np.int32), np.full(count, mark, np.uint8))
+def mark_residues(count: int, mark: int) -> pa.Array:
+    """Return the residues, binary [count], of marks."""
+    return to_binary(np.arange(count + 1, dtype=np.int32), np.full(count, mark, np.uint8))
 
 
 def mark_rows(residues: pa.Array) -> np.ndarray:

@@ -49,6 +49,8 @@ class PreprocessOptions:
     X for it, "drop" leaves the record out (and records without residues)."""
     dedup: bool = True
     """Keep one of several records with equal residues: the one with the smallest id."""
+    keep_metadata: bool = False
+    """Keep cluster size, taxon and representative of UniRef headers, see `uniref_headers`."""
     limit: int | None = None
     """Read only the first records of each input, this many; None: all."""
     compression: Compression = "none"

@@ -12,7 +12,12 @@ from preprocessing.sources import Chunk, UnitReader
 
 
 def parsed_chunks(
-    reader: UnitReader, path: str, on_invalid: OnInvalid, limit: int | None = None
+    reader: UnitReader,
+    path: str,
+    on_invalid: OnInvalid,
+    limit: int | None = None,
+    *,
+    keep_metadata: bool = False,
 ) -> Iterator[tuple[Chunk, Parsed]]:
     """Yield each chunk of a unit and its records.
 
@@ -21,6 +26,7 @@ def parsed_chunks(
         path: its file.
         on_invalid: see `fasta.parse`.
         limit: records after which to stop; None: at the unit's end.
+        keep_metadata: see `fasta.parse`.
 
     Raises:
         BadInput: for what is refused, with file, line and record.
@@ -30,7 +36,7 @@ def parsed_chunks(
         if left is not None:
             chunk = _first_records(chunk, left)
         try:
-            parsed = parse(chunk.text, on_invalid)
+            parsed = parse(chunk.text, on_invalid, keep_metadata=keep_metadata)
         except FastaProblem as problem:
             line = reader.line_number(chunk, problem.position)
             name = "" if problem.record_id is None else f", record '{problem.record_id}'"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import bisect
 import json
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from preprocessing.addresses import gather_at, read_at
 from preprocessing.columns import key_array, map_file, parts
 from preprocessing.errors import InputError
 from preprocessing.keys import KEY_BYTES
+from preprocessing.uniref_headers import METADATA_FIELDS
 
 FORMAT = "prothpc-records"
 VERSION = 1
@@ -49,6 +51,12 @@ SCHEMA = pa.schema(
     {"format": FORMAT, "version": str(VERSION)},
 )
 """Columns of a shard; `tokens` are residues as ASCII capitals."""
+
+
+def shard_schema(*, metadata: bool) -> pa.Schema:
+    """Return the columns of a shard, with or without those of UniRef headers."""
+    fields = [*SCHEMA, *METADATA_FIELDS] if metadata else list(SCHEMA)
+    return pa.schema(fields, SCHEMA.metadata)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -104,6 +112,9 @@ class Records:
     """uint8, ASCII capitals; record i is `residues[offsets[i]:offsets[i + 1]]`."""
     id_column: pa.Array
     """string [N]."""
+    metadata: dict[str, pa.Array] = field(default_factory=dict)
+    """Of UniRef headers, if they were kept: `cluster_size` and `tax_id`, uint32 [N], and `rep_id`,
+    string [N]; null where a header does not say."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -193,6 +204,8 @@ class RecordSet:
             counts = [int(shard["records"]) for shard in shards]
             self.num_residues = sum(int(shard["residues"]) for shard in shards)
             self._rows_per_batch = int(self.manifest["rows_per_batch"])
+            has_metadata = self.manifest["options"].get("keep_metadata", False)
+            self._metadata = METADATA_FIELDS if has_metadata else ()
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{self.directory / MANIFEST}: damaged ({error!r}): make the record set again"
@@ -237,7 +250,7 @@ class RecordSet:
             pieces.append(_slice(records, first, first + count))
             start += count
         self._forget()
-        return pieces[0] if len(pieces) == 1 else _join(pieces)
+        return pieces[0] if len(pieces) == 1 else _join(pieces, self._metadata)
 
     def pick(self, numbers: np.ndarray) -> Picked:
         """Return records in any order; all at once is many times faster than one by one.
@@ -431,9 +444,10 @@ class _Shard:
 
 def as_records(batch: pa.RecordBatch) -> Records:
     """View a batch of a shard as arrays."""
-    keys, ids, tokens = batch.columns
+    keys, ids, tokens, *others = batch.columns
     offsets, residues = parts(tokens)
-    return Records(key_array(keys), offsets, residues, ids)
+    names = batch.schema.names[len(SCHEMA) :]
+    return Records(key_array(keys), offsets, residues, ids, dict(zip(names, others, strict=True)))
 
 
 def _slice(records: Records, start: int, stop: int) -> Records:
@@ -442,10 +456,11 @@ def _slice(records: Records, start: int, stop: int) -> Records:
         records.offsets[start : stop + 1],
         records.residues,
         records.id_column.slice(start, stop - start),
+        {name: column.slice(start, stop - start) for name, column in records.metadata.items()},
     )
 
 
-def _join(pieces: list[Records]) -> Records:
+def _join(pieces: list[Records], metadata: Sequence[pa.Field]) -> Records:
     lengths = [np.diff(piece.offsets) for piece in pieces]
     offsets = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
     used = [piece.residues[piece.offsets[0] : piece.offsets[-1]] for piece in pieces]
@@ -454,4 +469,10 @@ def _join(pieces: list[Records]) -> Records:
         offsets,
         np.concatenate([np.empty(0, np.uint8), *used]),
         pa.concat_arrays([pa.array([], pa.string()), *(piece.id_column for piece in pieces)]),
+        {
+            kind.name: pa.concat_arrays(
+                [pa.array([], kind.type), *(piece.metadata[kind.name] for piece in pieces)]
+            )
+            for kind in metadata
+        },
     )

@@ -36,6 +36,14 @@ RUN_COLUMNS = pa.schema(
 """Columns of a run: texts (`binary`) and values of fixed width (`binary(width)`). The first three
 are always there, in this order."""
 
+_METADATA = pa.field("metadata", pa.binary(), nullable=False)
+
+
+def run_columns(*, metadata: bool) -> pa.Schema:
+    """Return the columns of the runs of a job, with or without `uniref_headers.pack_metadata`'s."""
+    return RUN_COLUMNS.append(_METADATA) if metadata else RUN_COLUMNS
+
+
 _BUCKET, _ROWS, _OFFSET, _CHECKSUM, _TEXTS = range(5)
 """Columns of the index, uint64; from the last one on, the bytes of each column of texts."""
 
@@ -64,6 +72,11 @@ class Table(NamedTuple):
     def residues(self) -> pa.Array:
         """Binary [N]."""
         return self.columns[2]
+
+    @property
+    def metadata(self) -> pa.Array | None:
+        """Binary [N], or None if it is not kept."""
+        return self.columns[3] if len(self.columns) > len(RUN_COLUMNS) else None
 
     @property
     def rows(self) -> int:

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from preprocessing.clusters import Clusters
-from preprocessing.columns import parts, take
+from preprocessing.columns import key_column, parts, take, to_binary
 from preprocessing.exclusions import Exclusions
 from preprocessing.fasta import Parsed
 from preprocessing.keys import Placement, hash_residues
-from preprocessing.marks import EXCLUDED, IN_HOLDOUT, mark_columns
+from preprocessing.marks import EXCLUDED, IN_HOLDOUT, mark_residues
 from preprocessing.options import PreprocessOptions
 from preprocessing.windows import cut_windows
 
@@ -28,8 +28,15 @@ class Rows(NamedTuple):
     """binary [N]."""
     sequences: pa.Array
     """binary [N]."""
+    metadata: pa.Array | None
+    """binary [N], see `uniref_headers`; None if it is not wanted."""
     shards: np.ndarray
     """int64 [N], where each belongs."""
+
+    def columns(self) -> list[pa.Array]:
+        """Return the columns of a run."""
+        columns = [key_column(self.keys), self.ids, self.sequences]
+        return columns if self.metadata is None else [*columns, self.metadata]
 
 
 class _Fate(NamedTuple):
@@ -60,7 +67,7 @@ class Selection:
         whole, long = self._by_length(parsed, counts)
         keys = hash_residues(*parts(whole.sequences))
         fate = self._decide(keys, whole.ids, counts)
-        yield from self._rows(keys, whole.ids, whole.sequences, fate, counts)
+        yield from self._rows(keys, whole.ids, whole.sequences, whole.metadata, fate, counts)
         if len(long.ids):
             yield from self._windows(long, counts)
 
@@ -103,7 +110,8 @@ class Selection:
             if self._exclusions is not None:
                 excluded |= self._exclusions.by_key(keys)
             fate = _Fate(excluded, of_parents.held_out[parents], excluded)
-            yield from self._rows(keys, ids, sequences, fate, counts)
+            metadata = None if long.metadata is None else take(long.metadata, parents)
+            yield from self._rows(keys, ids, sequences, metadata, fate, counts)
 
     def _decide(self, keys: np.ndarray, ids: pa.Array, counts: Counter[str]) -> _Fate:
         nothing = np.zeros(len(keys), bool)
@@ -123,6 +131,7 @@ class Selection:
         keys: np.ndarray,
         ids: pa.Array,
         sequences: pa.Array,
+        metadata: pa.Array | None,
         fate: _Fate,
         counts: Counter[str],
     ) -> Iterator[Rows]:
@@ -140,10 +149,15 @@ class Selection:
             rows = np.flatnonzero(~excluded)
             keys, held_out = keys[rows], held_out[rows]
             ids, sequences = take(ids, rows), take(sequences, rows)
-        yield Rows(keys, ids, sequences, self._placement.shard_of(keys, held_out))
+            metadata = None if metadata is None else take(metadata, rows)
+        yield Rows(keys, ids, sequences, metadata, self._placement.shard_of(keys, held_out))
 
     def _marks(self, keys: np.ndarray, mark: int, split: str) -> Rows:
         """Return a mark for each key, where records of the split with this key would be."""
         in_split = np.full(len(keys), split == "holdout")
         shards = self._placement.shard_of(keys, in_split)
-        return Rows(np.ascontiguousarray(keys), *mark_columns(len(keys), mark), shards)
+        empty = to_binary(np.zeros(len(keys) + 1, np.int32), np.empty(0, np.uint8))
+        metadata = empty if self._options.keep_metadata else None
+        return Rows(
+            np.ascontiguousarray(keys), empty, mark_residues(len(keys), mark), metadata, shards
+        )

@@ -17,8 +17,9 @@ from preprocessing.errors import InputError
 from preprocessing.files import HashingFile
 from preprocessing.keys import halves
 from preprocessing.marks import mark_rows, obey_marks
-from preprocessing.records import ROWS_PER_BATCH, SCHEMA
+from preprocessing.records import ROWS_PER_BATCH, SCHEMA, shard_schema
 from preprocessing.runs import Bucket, Table
+from preprocessing.uniref_headers import unpack_metadata
 
 _PIECE_SHARE = 0.3
 """Share of the memory budget for the records that are sorted at once."""
@@ -68,6 +69,7 @@ def build_shard(
     *,
     dedup: bool,
     marks: bool,
+    metadata: bool,
     compression: Compression,
 ) -> Shard:
     """Write the shard `path` under a temporary name.
@@ -78,12 +80,13 @@ def build_shard(
         buckets: its records, in the order of their keys.
         dedup: whether of equal sequences only the one with the smallest id is kept.
         marks: whether there may be marks among the records.
+        metadata: whether the records have metadata.
         compression: of the record batches.
 
     Raises:
         InputError: if 4,096 records in a row have more than 2 GiB of residues, or a run is damaged.
     """
-    writer = _ShardWriter(temporary, compression)
+    writer = _ShardWriter(temporary, shard_schema(metadata=metadata), compression)
     left_out: Counter[str] = Counter()
     for bucket in buckets:
         table = _settle(bucket, dedup, marks, left_out)
@@ -141,7 +144,7 @@ def _count_duplicates(table: Table, rows: np.ndarray, left_out: Counter[str]) ->
 
 
 def _sort(table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """Sort by key, residues and id.
+    """Sort by key, residues, id and metadata.
 
     Returns:
         The rows in order, int [N], and which of those are equal to the row before, bool [N].
@@ -159,12 +162,16 @@ def _sort(table: Table) -> tuple[np.ndarray, np.ndarray]:
     places = np.flatnonzero(np.append(same, False) | np.insert(same, 0, False))
     rows = order[places]
     keys = pa.table({"high": high[rows], "low": low[rows], "id": take(ids, rows)})
+    texts = [residues, ids]
+    if table.metadata is not None:  # that differ where an id stands in two headers
+        keys = keys.append_column("metadata", take(table.metadata, rows))
+        texts.append(table.metadata)
     columns = [(name, "ascending") for name in keys.column_names]
     rows = rows[pc.sort_indices(keys, sort_keys=columns).to_numpy()]
     equal_keys, equal = _compare_with_previous(rows, high, low, residues)
     if not np.array_equal(equal_keys, equal):  # two sequences, one key: never seen, but correct
         rows = np.array(
-            sorted(rows, key=lambda r: (high[r], low[r], residues[r].as_py(), ids[r].as_py()))
+            sorted(rows, key=lambda r: (high[r], low[r], *(text[r].as_py() for text in texts)))
         )
         equal_keys, equal = _compare_with_previous(rows, high, low, residues)
     order[places] = rows
@@ -191,10 +198,11 @@ def _compare_with_previous(
 class _ShardWriter:
     """Writes rows as batches of equal length, and counts them."""
 
-    def __init__(self, path: Path, compression: Compression) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, compression: Compression) -> None:
         self.file = HashingFile(path)
         options = pa.ipc.IpcWriteOptions(compression=_CODECS[compression], use_threads=False)
-        self._writer = pa.ipc.new_file(self.file, SCHEMA, options=options)
+        self._writer = pa.ipc.new_file(self.file, schema, options=options)
+        self._schema = schema
         self._left: list[Table] = []
         self._rows_left = 0
         self.first_key: str | None = None
@@ -231,7 +239,7 @@ class _ShardWriter:
         self._left, self._rows_left = [], 0
         if self.first_key is None:
             self.first_key = table.keys[0].tobytes().hex()
-        self._writer.write_batch(_batch(table))
+        self._writer.write_batch(_batch(table, self._schema))
         self.records += rows
         self.residues += residues
 
@@ -241,7 +249,7 @@ def _residues(table: Table) -> int:
     return int(offsets[-1]) - int(offsets[0])
 
 
-def _batch(table: Table) -> pa.RecordBatch:
+def _batch(table: Table, schema: pa.Schema) -> pa.RecordBatch:
     """Make a batch from exactly the buffers that are needed: its bytes depend on nothing else."""
     id_offsets, id_values = parts(table.ids)
     names = to_binary(id_offsets, id_values[: id_offsets[-1]])
@@ -253,4 +261,7 @@ def _batch(table: Table) -> pa.RecordBatch:
         null_count=0,
         children=[pa.array(values[: offsets[-1]])],
     )
-    return pa.record_batch([table.columns[0], names.view(pa.string()), tokens], schema=SCHEMA)
+    columns = [table.columns[0], names.view(pa.string()), tokens]
+    if table.metadata is not None:
+        columns += unpack_metadata(table.metadata)
+    return pa.record_batch(columns, schema=schema)

@@ -28,6 +28,8 @@ _SPILL_ROW_BYTES = 32
 _SHARD_ROW_BYTES = 24
 """What a row takes besides its id and residues: its key, and where id and residues end."""
 
+_METADATA_BYTES = 26  # of a UniRef header, likewise
+
 _RESIDUES_LEFT = {"none": 1.0, "lz4": 1.0, "zstd": 0.53}
 _IDS_LEFT = {"none": 1.0, "lz4": 0.5, "zstd": 0.4}
 """What compression leaves, as measured on UniProt proteins."""
@@ -64,6 +66,8 @@ def estimate(sources: Sequence[Source], options: PreprocessOptions) -> Estimate:
     if options.limit is not None and seen.records:
         scale = min(scale, options.limit * len(sources) / seen.records)
     rows, residues, ids = seen.rows * scale, seen.residues * scale, seen.id_bytes * scale
+    if options.keep_metadata:
+        ids += rows * _METADATA_BYTES
     left = residues * _RESIDUES_LEFT[options.compression] + ids * _IDS_LEFT[options.compression]
     return Estimate(
         text_bytes=int(seen.text_bytes * scale),

@@ -21,13 +21,13 @@ from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
 from preprocessing.records import (
     MANIFEST,
     RUN,
-    SCHEMA,
     SPLITS,
     Records,
     as_records,
     canonical_json,
     read_manifest,
     seal,
+    shard_schema,
 )
 
 _NOT_SEALED = "its content does not have the checksum that was written with it"
@@ -94,6 +94,7 @@ class _Outline(NamedTuple):
     """Whether clusters were held out."""
     split_length: int | None
     """Length of the windows that long records were split into, if they were."""
+    schema: pa.Schema
     rows_per_batch: int
     shards: list[dict[str, Any]]
     """The manifest's shards, numbered as `Placement` does."""
@@ -123,6 +124,7 @@ def _read_outline(directory: Path) -> _Outline:
             dedup=options["dedup"],
             by_cluster=options["holdout_by"] is not None,
             split_length=options["max_length"] if options["long"] == "split" else None,
+            schema=shard_schema(metadata=options["keep_metadata"]),
             rows_per_batch=manifest["rows_per_batch"],
             shards=shards,
             problems=problems,
@@ -205,7 +207,7 @@ def _check_shard(outline: _Outline, number: int) -> list[str]:
         problems.append(f"its bytes have the hash {digest} instead of {about['xxh3_128']}")
     try:
         reader = open_arrow(path)
-        if not reader.schema.equals(SCHEMA, check_metadata=True):
+        if not reader.schema.equals(outline.schema, check_metadata=True):
             return [*problems, "has other columns than a record set has"]
         check = _ShardCheck(outline, number)
         for batch in range(reader.num_record_batches):

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import xxhash
 
 from preprocessing.errors import InputError, as_typed
@@ -166,6 +167,7 @@ class Workspace:
         *,
         dedup: bool,
         marks: bool,
+        metadata: bool,
         compression: Compression,
     ) -> Shard:
         """Make a shard; it is finished, and noted to be, after `building`."""
@@ -176,6 +178,7 @@ class Workspace:
             buckets,
             dedup=dedup,
             marks=marks,
+            metadata=metadata,
             compression=compression,
         )
         self._built.append((temporary, shard))
@@ -184,10 +187,10 @@ class Workspace:
             self._publish_built()
         return shard
 
-    def open_runs(self, runs: Sequence[Run], memory: int) -> RunSet:
-        """Open run files for a memory budget."""
+    def open_runs(self, runs: Sequence[Run], memory: int, schema: pa.Schema) -> RunSet:
+        """Open run files with these columns for a memory budget."""
         paths = [self.spills / run.name for run in runs]
-        return RunSet(paths, parts=parts_of(runs), limit=piece_bytes(memory))
+        return RunSet(paths, parts=parts_of(runs), limit=piece_bytes(memory), schema=schema)
 
     def finish(self, manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         """Write what makes the record set a finished one; return the manifest as it now reads."""

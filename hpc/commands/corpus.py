@@ -108,6 +108,10 @@ def preprocess(
         str, typer.Option(help="What a character that is no residue does: error, mask or drop.")
     ] = "error",
     dedup: Annotated[bool, typer.Option(help="Keep one of several equal sequences.")] = True,
+    keep_metadata: Annotated[
+        bool,
+        typer.Option("--keep-metadata", help="Keep n, TaxID and RepID of UniRef headers."),
+    ] = False,
     limit: Annotated[
         int | None, typer.Option(help="Read only the first N records of each file, to try out.")
     ] = None,
@@ -153,6 +157,7 @@ def preprocess(
         exclude=tuple(exclude or ()),
         on_invalid=on_invalid,  # type: ignore[arg-type]  # it checks the choice
         dedup=dedup,
+        keep_metadata=keep_metadata,
         limit=limit,
         compression=compression,  # type: ignore[arg-type]  # it checks the choice
         memory=parse_size(memory),

@@ -160,7 +160,8 @@ def test_same_bytes_for_any_rank_count(tmp_path: Path, mpirun: Run, real_fasta: 
     table.write_text("".join(f"{names[n - n % 3]}\t{names[n]}\n" for n in range(len(names))))
     pages: list[dict[str, Any]] = [
         {"shards": 4, "holdout": 0.1, "max_length": 256, "long": "split", "overlap": 64,
-         "memory": 2**21, "exclude": (ids,), "compression": "lz4", "spill": tmp_path},
+         "memory": 2**21, "exclude": (ids,), "compression": "lz4", "spill": tmp_path,
+         "keep_metadata": True},
         {"shards": 4, "holdout": 0.05, "holdout_by": table, "max_length": 300, "long": "keep",
          "memory": 2**21, "compression": "zstd"},
     ]  # fmt: skip

@@ -50,9 +50,9 @@ class TestRestart:
         shards: list[str] = []
         chunks, build = generate_module.parsed_chunks, Workspace.build_shard
 
-        def count_chunks(reader: UnitReader, *rest: Any) -> Iterator[Any]:
+        def count_chunks(reader: UnitReader, *rest: Any, **more: Any) -> Iterator[Any]:
             units.append(reader._unit.start // self.unit_bytes)
-            return chunks(reader, *rest)
+            return chunks(reader, *rest, **more)
 
         def count_build(workspace: Workspace, name: str, *rest: Any, **more: Any) -> Any:
             shards.append(name)

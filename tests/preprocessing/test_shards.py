@@ -42,7 +42,9 @@ def build(
     """Make a shard of buckets, each in portions."""
     path = directory / "shard-00000.arrow"
     tables: Any = [Portions([table(rows) for rows in portions]) for portions in buckets]
-    shard = build_shard(path, path, tables, dedup=dedup, marks=True, compression="none")
+    shard = build_shard(
+        path, path, tables, dedup=dedup, marks=True, metadata=False, compression="none"
+    )
     return shard, path.read_bytes()
 
 
