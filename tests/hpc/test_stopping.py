@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from hpc.metrics import read_metrics
 from hpc.stopping import REQUEUE_EXIT_CODE, StopSignals
 from hpc.train import train
 from preprocessing.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _signals_of_the_tests_stay() -> Iterator[None]:
+    """`StopSignals` takes them over; pytest, too, has to end on SIGTERM."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class AfterCalls(StopSignals):
@@ -110,7 +120,8 @@ def test_a_signal_while_python_still_imports_is_not_lost(
     os.kill(process.pid, signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == REQUEUE_EXIT_CODE
-    assert "SIGUSR1: saving and ending" in output
+    endings = [line for line in output.splitlines() if line.endswith("saving and ending")]
+    assert endings == ["SIGUSR1: saving and ending"]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
 
