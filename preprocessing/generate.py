@@ -12,7 +12,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
@@ -29,7 +29,7 @@ from preprocessing.keys import Placement
 from preprocessing.lookups import check_clusters, open_selection, write_lookups
 from preprocessing.manifest import describe_run, make_manifest
 from preprocessing.options import PreprocessOptions
-from preprocessing.parallel import Ranks, Serial, on_first_rank, share_out
+from preprocessing.parallel import Ranks, Serial, Tasks, on_first_rank, share_out
 from preprocessing.parsing import parsed_chunks
 from preprocessing.planning import Plan, describe_plan, make_plan, text_bytes, units_of
 from preprocessing.progress import Progress
@@ -200,7 +200,7 @@ class _Job:
             _log.info("going on: %d of %d units are done", len(done), len(self._units))
         on_first_rank(self._ranks, self._write_lookups)
 
-        def work(tasks: Iterator[int]) -> list[Run]:
+        def work(tasks: Tasks) -> list[Run]:
             spiller = Spiller(
                 self._workspace.spills,
                 self._placement,
@@ -209,12 +209,12 @@ class _Job:
                 parts=parts_of(runs) if runs else self._shard_parts(),
             )
             selection = open_selection(self._workspace.work, self._options, self._placement)
-            progress = Progress(self._ranks.rank == 0, "map", "units", len(missing))
+            text = text_bytes(self._sources) * len(missing) // len(self._units)
+            progress = Progress(tasks, "map", text)
             # Nothing is published any more when other ranks hear of an error.
             with closing(spiller), self._workspace.writing():
                 for task in tasks:
                     self._map_unit(missing[task], selection, spiller, progress)
-                    progress.handed_out(task + 1)
                 return spiller.flush()
 
         for written in share_out(self._ranks, len(missing), work):
@@ -235,12 +235,12 @@ class _Job:
         """Let every shard be built; return them in order, on every rank."""
         names = [self._placement.file_name(number) for number in range(len(self._placement))]
 
-        def work(tasks: Iterator[int]) -> dict[int, Shard]:
+        def work(tasks: Tasks) -> dict[int, Shard]:
             opened = self._workspace.open_runs(
                 runs, self._options.memory, run_columns(metadata=self._options.keep_metadata)
             )
             self._workspace.read_notes()
-            progress = Progress(self._ranks.rank == 0, "reduce", "shards", len(names))
+            progress = Progress(tasks, "reduce")
             built = {}
             with self._workspace.building():
                 for number in tasks:
@@ -256,7 +256,6 @@ class _Job:
                         )
                     built[number] = shard
                     progress.add(shard.records, shard.residues)
-                    progress.handed_out(number + 1)
             return built
 
         shards: dict[int, Shard] = {}

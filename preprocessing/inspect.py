@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from preprocessing.errors import InputError
 from preprocessing.keys import KEY_BYTES
-from preprocessing.parallel import Ranks, share_out
+from preprocessing.parallel import Ranks, Tasks, share_out
 from preprocessing.progress import Progress
 from preprocessing.records import RUN, SPLITS, Record, RecordSet, read_manifest
 
@@ -112,10 +111,10 @@ def measure(splits: list[RecordSet], ranks: Ranks, sample: int = SAMPLE) -> Cont
     total = sum(map(len, splits))
     pieces = _pieces(splits, sample)
 
-    def work(tasks: Iterator[int]) -> tuple[int, int, np.ndarray, np.ndarray]:
+    def work(tasks: Tasks) -> tuple[int, int, np.ndarray, np.ndarray]:
         number, longest = 0, 0
         lengths, letters = np.zeros(_LONGEST_COUNTED + 1, np.int64), np.zeros(256, np.int64)
-        progress = Progress(ranks.rank == 0, "inspect", "pieces", len(pieces))
+        progress = Progress(tasks, "inspect")
         for task in tasks:
             records, start, stop = pieces[task]
             part = records.read(start, stop)
@@ -125,7 +124,6 @@ def measure(splits: list[RecordSet], ranks: Ranks, sample: int = SAMPLE) -> Cont
             residues = part.residues[part.offsets[0] : part.offsets[-1]]
             letters += _count_bytes(residues)
             number += len(part)
-            progress.handed_out(task + 1)
             progress.add(len(part), len(residues))
         return number, longest, lengths, letters
 
@@ -190,13 +188,12 @@ def find_id(splits: list[RecordSet], name: str, ranks: Ranks) -> list[Found]:
     """
     shards = [(split, shard) for split in splits for shard in range(split.num_shards)]
 
-    def work(tasks: Iterator[int]) -> list[Found]:
+    def work(tasks: Tasks) -> list[Found]:
         found = []
-        progress = Progress(ranks.rank == 0, "looking through the ids", "shards", len(shards))
+        progress = Progress(tasks, "looking through the ids")
         for task in tasks:
             records, shard = shards[task]
             found += [_found(records, number) for number in records.find_id(name, shard)]
-            progress.handed_out(task + 1)
             progress.add(len(records.numbers_in(shard)), 0)
         return found
 

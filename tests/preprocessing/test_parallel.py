@@ -100,6 +100,66 @@ def test_ranks_share_tasks_by_speed_and_fail_together(mpirun: Run) -> None:
     ]
 
 
+SHARE_WITHOUT_RMA = """
+import logging, time
+from mpi4py import MPI
+from preprocessing.errors import InputError
+from preprocessing.parallel import connect, share_out
+{break_it}
+logging.basicConfig(format="%(message)s")
+ranks = connect(3)
+shares = share_out(ranks, 61, list)
+assert shares == [list(range(rank, 61, 3)) for rank in range(3)], shares
+
+def failing(tasks):
+    for task in tasks:
+        if task in (100, 101):
+            time.sleep(0.2 if task == 100 else 0)  # the lowest is the last to fail
+            raise InputError(f"task {{task}} is wrong")
+        time.sleep(0.001)
+
+for attempt in range(3):
+    try:
+        share_out(ranks, 10**6, failing)
+    except InputError as error:
+        print(f"attempt {{attempt}}: {{error}}\\n", end="", flush=True)
+
+def report(tasks):
+    for task in tasks:
+        tasks.dealer.share(1, 10)
+    return tasks.dealer.totals()
+
+assert share_out(ranks, 30, report)[0] == (30, 300)
+"""
+
+ALLOCATION_FAILS = """
+class Win:
+    @staticmethod
+    def Allocate(*arguments, **keywords):
+        raise MPI.Exception(MPI.ERR_WIN)
+
+MPI.Win = Win
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "break_it", "reason"),
+    [("1", "", "PROTHPC_NO_RMA is set"), ("", ALLOCATION_FAILS, "MPI_ERR_WIN")],
+)
+def test_tasks_are_shared_out_where_there_is_no_rma(
+    mpirun: Run, variable: str, break_it: str, reason: str
+) -> None:
+    script = SHARE_WITHOUT_RMA.format(break_it=break_it)
+    result = mpirun(3, "-c", script, env={"PROTHPC_NO_RMA": variable}, timeout=60)
+    assert result.returncode == 0, result.stderr
+    lines = sorted(result.stdout.splitlines())
+    assert lines == [
+        f"attempt {attempt}: task 100 is wrong" for attempt in (0, 1, 2) for _ in "012"
+    ]
+    assert result.stderr.count("one-sided communication is not used") == 1
+    assert reason in result.stderr
+
+
 def test_ranks_that_do_not_see_each_other_are_refused(mpirun: Run) -> None:
     script = """
 from preprocessing.errors import InputError

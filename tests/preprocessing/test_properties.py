@@ -20,7 +20,7 @@ from record_sets import content
 
 from preprocessing.generate import generate
 from preprocessing.options import PreprocessOptions
-from preprocessing.parallel import SerialCounter
+from preprocessing.parallel import SerialDealer
 from preprocessing.records import RecordSet
 
 EXAMPLE_SECONDS = 30
@@ -69,24 +69,24 @@ class ThreadRanks:
         return self.allgather(value)[0]
 
     @contextmanager
-    def counter(self) -> Iterator[Any]:
+    def dealer(self) -> Iterator[Any]:
         if self.rank == 0:
-            self._shared["counter"] = LockedCounter()
+            self._shared["dealer"] = LockedDealer()
         self.barrier()
-        yield self._shared["counter"]
+        yield self._shared["dealer"]
         self.barrier()
 
 
-class LockedCounter(SerialCounter):
-    """A counter for threads."""
+class LockedDealer(SerialDealer):
+    """A dealer for threads."""
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
 
-    def add(self, amount: int) -> int:
+    def next(self) -> int:
         with self._lock:
-            return super().add(amount)
+            return super().next()
 
 
 def generate_in_threads(size: int, *arguments: Any, **keywords: Any) -> None:
