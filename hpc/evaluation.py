@@ -1,9 +1,10 @@
 """What a model has learned, measured on held-out proteins.
 
 Unigram entropy is the wrong bar: a model that knows only residue frequencies and the masking rule
-can pass it. So every target is shown as [MASK], and the loss is set beside the loss on the same
-proteins with their residues shuffled, which keeps composition and length and destroys order:
-learned = shuffled − real, in nats a residue.
+can pass it. So every target is shown as [MASK], or is the next residue of a model that reads from
+left to right; and the loss is set beside the loss on the same proteins with their residues
+shuffled, which keeps composition and length and destroys order: learned = shuffled − real, in nats
+a residue.
 """
 
 import math
@@ -16,9 +17,8 @@ import torch
 from hpc.config import EvaluationConfig
 from hpc.data import Batcher, MicroBatch
 from hpc.engines import Engine
-from hpc.tasks import MaskedLanguageModel, PreparedBatch
-from models.bert import Bert
-from models.objectives import masked_lm_scores, shuffle_residues
+from hpc.tasks import Task
+from models.objectives import shuffle_residues
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class HeldOut:
     """
 
     def __init__(
-        self, batcher: Batcher, records: int, config: EvaluationConfig, task: MaskedLanguageModel
+        self, batcher: Batcher, records: int, config: EvaluationConfig, task: Task
     ) -> None:
         numbers = np.arange(min(records, config.records))
         numbers = numbers[np.argsort(batcher.lengths(numbers), kind="stable")]
@@ -96,8 +96,8 @@ class HeldOut:
 
     def _protein_sums(self, engine: Engine, batch: MicroBatch) -> np.ndarray:
         """float64 [B, 3]: loss, correct predictions and targets of each protein."""
-        prepared = self._task.prepare(batch, all_masked=True).to(engine.device)
-        scores = engine.compute(_scores, prepared)
+        prepared = self._task.question(batch).to(engine.device)
+        scores = engine.compute(self._task.scores, prepared)
         return torch.stack([column.double() for column in scores], dim=1).cpu().numpy()
 
 
@@ -129,10 +129,6 @@ def summarise(
         proteins=count,
         targets=int(total),
     )
-
-
-def _scores(model: Bert, batch: PreparedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return masked_lm_scores(model, batch.inputs, batch.lengths, batch.tokens, batch.targets)
 
 
 def _shuffled(batch: MicroBatch) -> MicroBatch:
