@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A cluster's own MPI knows its network and its scheduler: the Open MPI wheel would hide it.
 MPI := $(if $(shell command -v mpirun || command -v mpiexec),,mpi)
 
-.PHONY: help install demo test test-matrix test-faults test-gpu test-transfoxl deepspeed horovod lint \
+.PHONY: help install demo test test-matrix test-faults test-gpu test-transfoxl bench-transfoxl deepspeed horovod lint \
   format clean
 
 help: ## what you are reading
@@ -50,6 +50,9 @@ test-gpu: $(VENV)/.test ## the tests that need a GPU, where there is one
 
 test-transfoxl: build/transfoxl/.install ## Transformer-XL beside transformers 4.37.2, the last that runs it
 	PYTHONPATH=. build/transfoxl/bin/python tests/models/transfoxl_reference.py $(or $(ARGS),check)
+
+bench-transfoxl: build/transfoxl/.install ## a training step of Transformer-XL beside that of transformers
+	PYTHONPATH=. build/transfoxl/bin/python -m hpc.bench.transfoxl_step
 
 deepspeed: $(VENV)/.deepspeed ## add DeepSpeed to .venv
 

@@ -6,6 +6,8 @@
 - `optimizer.safetensors`: float32 moments, `exp_avg.<parameter>` and so on;
 - `state.json`: step, cursors of all streams, counters, model and record set;
 - `recipe.json`: the resolved recipe;
+- `lanes-000004.safetensors`: of a Transformer-XL, what the lanes of streams from 4 on remember, or
+  their last tokens, written by the rank that owned them (`hpc/lane_memory.py`);
 - `checkpoint.json`: format, and size and xxh3-128 of each of the others, written last.
 
 A checkpoint is written under a temporary name and renamed when it is whole and on disk.
@@ -17,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,24 @@ FILES = WEIGHTS, OPTIMIZER, STATE, RECIPE = (
 
 
 @dataclass(frozen=True)
+class FileFacts:
+    """What the index says of a file."""
+
+    bytes: int
+    xxh3_128: int
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a run needs to go on."""
+    """Everything that a run needs to go on, but the files that other ranks write."""
 
     step: int
     weights: dict[str, torch.Tensor]
     moments: Moments
     state: dict[str, Any]
     recipe: dict[str, Any]
+    lanes: dict[str, FileFacts] = field(default_factory=dict)
+    """Files that are in the unfinished directory already."""
 
 
 class CheckpointWriter:
@@ -67,6 +79,18 @@ class CheckpointWriter:
         self.seconds = 0.0
         """How long the slowest save took."""
 
+    def begin(self, step: int) -> Path:
+        """Make the unfinished directory of a checkpoint, for files that all ranks write.
+
+        Raises:
+            InputError: if an earlier save failed, or the directory cannot be made.
+        """
+        self.wait()
+        try:
+            return _begin(self._root, step)
+        except OSError as error:
+            raise InputError(f"the checkpoint of step {step} cannot be written: {error}") from error
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Copy the tensors to host memory and write them while training goes on.
 
@@ -80,6 +104,7 @@ class CheckpointWriter:
             moments={kind: _to_host(tensors) for kind, tensors in checkpoint.moments.items()},
             state=checkpoint.state,
             recipe=checkpoint.recipe,
+            lanes=checkpoint.lanes,
         )
         self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint")
         self._thread.start()
@@ -136,9 +161,9 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
         OSError: if the disk is full or refuses; what was there before is untouched.
     """
     final = root / f"step-{checkpoint.step:08d}"
-    temporary = root / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = (
+        _unfinished(root, checkpoint.step) if checkpoint.lanes else _begin(root, checkpoint.step)
+    )
     moments = {
         f"{kind}.{name}": tensor
         for kind, tensors in checkpoint.moments.items()
@@ -148,13 +173,14 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
     save_file(moments, temporary / OPTIMIZER)
     _write_json(temporary / STATE, checkpoint.state)
     _write_json(temporary / RECIPE, checkpoint.recipe)
-    files = {}
+    facts = dict(checkpoint.lanes)
     for name in FILES:
         sync(temporary / name)
-        files[name] = {
-            "bytes": (temporary / name).stat().st_size,
-            "xxh3_128": _file_hash(temporary / name),
-        }
+        facts[name] = facts_of(temporary / name)
+    files = {
+        name: {"bytes": each.bytes, "xxh3_128": f"{each.xxh3_128:032x}"}
+        for name, each in facts.items()
+    }
     index = {"format": FORMAT, "version": VERSION, "files": files}
     _write_json(temporary / INDEX, index)
     sync(temporary / INDEX)
@@ -178,16 +204,26 @@ def check_checkpoint(path: Path) -> None:
             f"prothpc reads {FORMAT!r} version {VERSION}"
         )
     for name in FILES:
-        file = path / name
-        expected = index.get("files", {}).get(name, {})
-        if not file.is_file():
-            raise InputError(f"{path}: {name} is missing")
-        if file.stat().st_size != expected.get("bytes"):
-            raise InputError(
-                f"{path}: {name} has {file.stat().st_size} bytes instead of {expected.get('bytes')}"
-            )
-        if _file_hash(file) != expected.get("xxh3_128"):
-            raise InputError(f"{path}: {name} has a wrong checksum")
+        check_file(path, name)
+    for name in lane_files(path):
+        _check_size(path, name, index["files"][name])
+
+
+def check_file(path: Path, name: str) -> None:
+    """Refuse a file of a checkpoint that is not as it was written.
+
+    Raises:
+        InputError: naming what is wrong with it.
+    """
+    expected = _read_json(path / INDEX, path).get("files", {}).get(name, {})
+    _check_size(path, name, expected)
+    if f"{facts_of(path / name).xxh3_128:032x}" != expected.get("xxh3_128"):
+        raise InputError(f"{path}: {name} has a wrong checksum")
+
+
+def lane_files(path: Path) -> list[str]:
+    """Return the names of the files of lanes; the ranks that read them check their contents."""
+    return sorted(_read_json(path / INDEX, path).get("files", {}).keys() - set(FILES))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -258,12 +294,34 @@ def _to_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def _file_hash(path: Path) -> str:
+def facts_of(path: Path) -> FileFacts:
+    """Return the size and the hash of a file."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
-    return digest.hexdigest()
+    return FileFacts(path.stat().st_size, digest.intdigest())
+
+
+def _unfinished(root: Path, step: int) -> Path:
+    return root / f".step-{step:08d}.tmp"
+
+
+def _begin(root: Path, step: int) -> Path:
+    temporary = _unfinished(root, step)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _check_size(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+    file = path / name
+    if not file.is_file():
+        raise InputError(f"{path}: {name} is missing")
+    if file.stat().st_size != expected.get("bytes"):
+        raise InputError(
+            f"{path}: {name} has {file.stat().st_size} bytes instead of {expected.get('bytes')}"
+        )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpc.config_optimizer import OptimizerConfig, ScheduleConfig
+from models.architectures import ModelConfig
 from models.bert import BertConfig
+from models.transformer_xl import TransformerXLConfig
 from preprocessing.errors import InputError
 from preprocessing.strict import build
 
@@ -32,7 +34,7 @@ class DataConfig:
     vocabulary: str = "prottrans-bert"
     """Token ids of the model; records themselves hold residues."""
     length: int = 512
-    """Longest input in tokens, special tokens included."""
+    """Longest input in tokens, special tokens included; of a Transformer-XL, every segment's."""
     long: Literal["crop-random", "crop-start"] = "crop-random"
     """What becomes of a longer protein: a window drawn anew each epoch, or its first residues."""
     block_records: int = 1024
@@ -53,7 +55,7 @@ class ObjectiveConfig:
     """Masked language modelling (BERT, section 3.1): how targets are chosen and shown."""
 
     name: Literal["masked-lm"] = "masked-lm"
-    """Objective; masked language modelling is the only one so far."""
+    """Objective of a BERT."""
     probability: float = 0.15
     """Share of residues that become targets."""
     mask_share: float = 0.8
@@ -69,6 +71,14 @@ class ObjectiveConfig:
                 f"mask_share = {self.mask_share} and random_share = {self.random_share} "
                 "must be shares that add up to at most 1"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextResidueConfig:
+    """Language modelling from left to right: every token is a target, given those before it."""
+
+    name: Literal["next-residue"] = "next-residue"
+    """Objective of a Transformer-XL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +147,17 @@ class EvaluationConfig:
     """Held-out records used: the first of the split, which is in random order."""
     micro_batch: int = 32
     """Sequences computed at a time."""
+    memory_length: int | None = None
+    """Transformer-XL only: positions remembered in evaluation; left out, as many as in training."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
             raise ValueError(f"every_steps = {self.every_steps} is negative: 0 turns it off")
         _require_positive(self, "records", "micro_batch")
+        if self.memory_length is not None and self.memory_length < 0:
+            raise ValueError(
+                f"memory_length = {self.memory_length} is negative: 0 remembers nothing"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +168,9 @@ class CheckpointConfig:
     """Steps between checkpoints; one more at the end."""
     keep: int = 3
     """Newest checkpoints kept; 0 keeps all."""
+    memory: Literal["save", "recompute", "reset"] = "save"
+    """Transformer-XL only: the lanes' memory is stored, computed again from the last tokens when
+    the run goes on, or empty then."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "every_steps")
@@ -201,15 +220,22 @@ PHASE_KEYS = {
 """What may change from phase to phase, besides `[schedule]`."""
 
 
+_IGNORED_BY_LANES = {
+    "data.long": "whose lanes take proteins whole",
+    "data.bucket_batches": "whose segments are not padded",
+}
+_ONLY_FOR_LANES = dict.fromkeys(("evaluation.memory_length", "checkpoint.memory"), "without memory")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run, complete."""
 
-    model: BertConfig
+    model: ModelConfig
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig | NextResidueConfig = field(default_factory=ObjectiveConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -218,6 +244,7 @@ class Recipe:
     """Parts of the run, one after the other; `phases` has them also for a run without."""
 
     def __post_init__(self) -> None:
+        self._check_model()
         steps = self.schedule_steps
         for number, phase in enumerate(self.phases):
             try:
@@ -253,6 +280,28 @@ class Recipe:
             steps += [length] * (end - start)
         return steps
 
+    def _check_model(self) -> None:
+        """Refuse what does not go with the model, or would be ignored."""
+        recurrent = isinstance(self.model, TransformerXLConfig)
+        objective = NextResidueConfig.name if recurrent else ObjectiveConfig.name
+        if self.objective.name != objective:
+            raise ValueError(
+                f'objective.name = "{self.objective.name}" does not go with model.name = '
+                f'"{self.model.name}": set it to "{objective}", or leave [objective] out'
+            )
+        ignored = _IGNORED_BY_LANES if recurrent else _ONLY_FOR_LANES
+        sections = [(phase, "data") for phase in self.phases]
+        sections += [(self, "evaluation"), (self, "checkpoint")]  # type: ignore[list-item]
+        for owner, section in sections:
+            for spec in dataclasses.fields(getattr(owner, section)):
+                value = getattr(getattr(owner, section), spec.name)
+                if f"{section}.{spec.name}" in ignored and value != spec.default:
+                    reason = ignored[f"{section}.{spec.name}"]
+                    raise ValueError(
+                        f"{section}.{spec.name} = {value!r} does not apply to model.name = "
+                        f'"{self.model.name}", {reason}: leave it out'
+                    )
+
     def _check_phase(self, phase: PhaseConfig, schedule_steps: int) -> None:
         for section, keys in PHASE_KEYS.items():
             own, base = getattr(phase, section), getattr(self, section)
@@ -267,7 +316,7 @@ class Recipe:
                         f"{', '.join(allowed)} can: set it for all phases, or use two runs and "
                         "train.init_from"
                     )
-        if phase.data.length > self.model.max_positions:
+        if isinstance(self.model, BertConfig) and phase.data.length > self.model.max_positions:
             raise ValueError(
                 f"data.length = {phase.data.length} is longer than "
                 f"model.max_positions = {self.model.max_positions}: lower one or raise the other"
@@ -308,6 +357,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise InputError(f"{path}: not a TOML file: {error}") from error
     for override in overrides:
         _apply_override(document, override)
+    _complete_objective(document)
     _complete_phases(document)
     return build(Recipe, document, where=str(path))
 
@@ -366,6 +416,15 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     table[key] = value
+
+
+def _complete_objective(document: dict[str, Any]) -> None:
+    """Name the objective that goes with the model, where the recipe does not name one."""
+    model, objective = document.get("model"), document.setdefault("objective", {})
+    if isinstance(model, dict) and isinstance(objective, dict):
+        recurrent = model.get("name") == TransformerXLConfig.name
+        named = NextResidueConfig.name if recurrent else ObjectiveConfig.name
+        objective.setdefault("name", named)
 
 
 def _complete_phases(document: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ class Stream:
         self._micro_batch = micro_batch
         self._bucket_batches = bucket_batches
         self._loaded_window = -1
-        self.cursor = (0, 0)
+        self.cursor: tuple[int, ...] = (0, 0)
         """Window, and micro-batch in that window, that come next."""
 
     def next(self) -> MicroBatch:
@@ -178,6 +178,17 @@ class Stream:
         return self._batcher.read(numbers[rows], epochs[rows])
 
 
+class Readable(Protocol):
+    """A stream, of padded sequences or of lanes."""
+
+    cursor: tuple[int, ...]
+    """Where it is; as many numbers in every stream of a run."""
+
+    def next(self) -> Any:
+        """Return the next micro-batch and move the cursor past it."""
+        ...
+
+
 class StreamLoader:
     """The micro-batches of one rank, step by step, made ahead by a thread.
 
@@ -188,11 +199,11 @@ class StreamLoader:
     The state counts what `next_step` has handed out, not what the thread has read ahead.
     """
 
-    def __init__(self, streams: Sequence[Stream], prepare: Callable[[MicroBatch], Any]) -> None:
+    def __init__(self, streams: Sequence[Readable], prepare: Callable[[Any], Any]) -> None:
         self._streams = streams
         self._prepare = prepare
         self._cursors = [stream.cursor for stream in streams]
-        self._queue: queue.Queue[tuple[list[Any], list[tuple[int, int]]] | BaseException] | None
+        self._queue: queue.Queue[tuple[list[Any], list[tuple[int, ...]]] | BaseException] | None
         self._queue = None
         self._stop = threading.Event()
 
@@ -218,8 +229,8 @@ class StreamLoader:
 
     def load_state_dict(self, state: dict[str, list[list[int]]]) -> None:
         """Continue from these cursors; only before the first step."""
-        for stream, (window, index) in zip(self._streams, state["cursors"], strict=True):
-            stream.cursor = (window, index)
+        for stream, cursor in zip(self._streams, state["cursors"], strict=True):
+            stream.cursor = tuple(cursor)
         self._cursors = [stream.cursor for stream in self._streams]
 
     def close(self) -> None:

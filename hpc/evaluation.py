@@ -1,24 +1,25 @@
 """What a model has learned, measured on held-out proteins.
 
 Unigram entropy is the wrong bar: a model that knows only residue frequencies and the masking rule
-can pass it. So every target is shown as [MASK], and the loss is set beside the loss on the same
-proteins with their residues shuffled, which keeps composition and length and destroys order:
-learned = shuffled − real, in nats a residue.
+can pass it. So every target is shown as [MASK], or is the next residue of a model that reads from
+left to right; and the loss is set beside the loss on the same proteins with their residues
+shuffled, which keeps composition and length and destroys order: learned = shuffled − real, in nats
+a residue.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from hpc.config import EvaluationConfig
-from hpc.data import Batcher, MicroBatch
+from hpc.data import PAD_MULTIPLE, Batcher, MicroBatch
 from hpc.engines import Engine
-from hpc.tasks import MaskedLanguageModel, PreparedBatch
-from models.bert import Bert
-from models.objectives import masked_lm_scores, shuffle_residues
+from hpc.tasks import Task
+from models.objectives import shuffle_residues
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class HeldOut:
     """
 
     def __init__(
-        self, batcher: Batcher, records: int, config: EvaluationConfig, task: MaskedLanguageModel
+        self, batcher: Batcher, records: int, config: EvaluationConfig, task: Task
     ) -> None:
         numbers = np.arange(min(records, config.records))
-        numbers = numbers[np.argsort(batcher.lengths(numbers), kind="stable")]
-        self._batches = [
-            numbers[start : start + config.micro_batch]
-            for start in range(0, len(numbers), config.micro_batch)
-        ]
+        lengths = batcher.lengths(numbers)
+        order = np.argsort(lengths, kind="stable")
+        starts = range(0, len(numbers), config.micro_batch)
+        self._batches = [numbers[order[s : s + config.micro_batch]] for s in starts]
+        self._longest = [int(lengths[batch].max()) for batch in self._batches]
         self._batcher = batcher
         self._task = task
         self.proteins = len(numbers)
@@ -71,6 +72,9 @@ class HeldOut:
     ) -> Evaluation | None:
         """Evaluate on all ranks together; each computes every world-size-th batch.
 
+        ZeRO 3 gathers weights from all ranks whenever a layer is computed. So all ranks compute as
+        many batches, in a round of equal width, even if the last round has none left for some.
+
         Args:
             engine: computes and distributes.
             should_stop: asked before every batch; where any rank's says yes, all give up.
@@ -79,25 +83,33 @@ class HeldOut:
             The evaluation; None if they gave up.
         """
         sums = np.zeros((self.proteins, 4))
-        for first in range(0, len(self._batches), engine.world.size):
+        rank, size = engine.world.rank, engine.world.size
+        for first in range(0, len(self._batches), size):
             (stops,) = engine.sum_over_ranks([float(should_stop())])
             if stops:
                 return None
-            index = first + engine.world.rank
-            if index >= len(self._batches):
-                break
-            numbers = self._batches[index]
-            samples = self._batcher.read(numbers, np.zeros(len(numbers), np.int64))
-            batch = self._batcher.pad(-1, samples)
-            sums[numbers, :3] = self._protein_sums(engine, batch)
-            sums[numbers, 3] = self._protein_sums(engine, _shuffled(batch))[:, 0]
+            place = min(first + rank, len(self._batches) - 1)
+            numbers = self._batches[place]
+            batch = self._batch(numbers, max(self._longest[first : first + size]))
+            real = self._protein_sums(engine, batch)
+            shuffled = self._protein_sums(engine, _shuffled(batch))
+            if place == first + rank:
+                sums[numbers, :3] = real
+                sums[numbers, 3] = shuffled[:, 0]
         total = np.reshape(engine.sum_over_ranks(sums.ravel().tolist()), sums.shape)
         return summarise(total[:, 0], total[:, 3], total[:, 1], total[:, 2])
 
+    def _batch(self, numbers: np.ndarray, width: int) -> MicroBatch:
+        """Read a batch and pad it to `width` tokens, as batches are padded."""
+        width = -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
+        samples = self._batcher.read(numbers, np.zeros(len(numbers), np.int64))
+        batch = self._batcher.pad(-1, samples)
+        return replace(batch, tokens=F.pad(batch.tokens, (0, width - batch.tokens.shape[1])))
+
     def _protein_sums(self, engine: Engine, batch: MicroBatch) -> np.ndarray:
         """float64 [B, 3]: loss, correct predictions and targets of each protein."""
-        prepared = self._task.prepare(batch, all_masked=True).to(engine.device)
-        scores = engine.compute(_scores, prepared)
+        prepared = self._task.question(batch).to(engine.device)
+        scores = engine.compute(self._task.scores, prepared)
         return torch.stack([column.double() for column in scores], dim=1).cpu().numpy()
 
 
@@ -131,15 +143,5 @@ def summarise(
     )
 
 
-def _scores(model: Bert, batch: PreparedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return masked_lm_scores(model, batch.inputs, batch.lengths, batch.tokens, batch.targets)
-
-
 def _shuffled(batch: MicroBatch) -> MicroBatch:
-    return MicroBatch(
-        stream=batch.stream,
-        numbers=batch.numbers,
-        tokens=shuffle_residues(batch.tokens, batch.lengths, batch.seeds),
-        lengths=batch.lengths,
-        seeds=batch.seeds,
-    )
+    return replace(batch, tokens=shuffle_residues(batch.tokens, batch.lengths, batch.seeds))

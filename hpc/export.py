@@ -4,6 +4,7 @@ from pathlib import Path
 
 from hpc.checkpoint import find_checkpoint, read_checkpoint
 from hpc.config import Recipe, build
+from models.bert import BertConfig
 from models.convert import to_hugging_face
 from preprocessing.errors import InputError
 from preprocessing.vocabulary import get_vocabulary
@@ -38,7 +39,7 @@ def export_checkpoint(source: Path, directory: Path) -> str:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
+    name = "BertForMaskedLM" if isinstance(recipe.model, BertConfig) else "TransfoXLLMHeadModel"
     return (
-        f"{directory}: step {checkpoint.step} of {source}, "
-        "for transformers.BertForMaskedLM.from_pretrained"
+        f"{directory}: step {checkpoint.step} of {source}, for transformers.{name}.from_pretrained"
     )

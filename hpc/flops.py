@@ -7,10 +7,8 @@ padding nor what activation checkpointing computes again.
 import torch
 
 from hpc.tasks import PreparedBatch
-from models.bert import BertConfig
+from models.architectures import ModelConfig
 from models.transformer_xl import TransformerXLConfig
-
-ModelConfig = BertConfig | TransformerXLConfig
 
 _KIND = {
     "fp32": "fp32",

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from hpc.checkpoint import (
     INDEX,
@@ -16,7 +16,8 @@ from hpc.checkpoint import (
 )
 from hpc.config import PHASE_KEYS, Recipe, as_dict
 from hpc.engines import Engine, Moments
-from models.convert import ModelConfig, from_hugging_face
+from models.architectures import ModelConfig
+from models.convert import from_hugging_face
 from preprocessing.errors import InputError
 
 T = TypeVar("T")
@@ -43,9 +44,20 @@ _FREE_MODEL_KEYS = {
 """Model settings that say nothing about what a weight means."""
 
 
+class Start(NamedTuple):
+    """Where a run starts."""
+
+    optimizer_steps: int
+    """Updates that the moments have seen."""
+    path: Path | None = None
+    """Checkpoint that it goes on from; None for a run that starts at step 0."""
+    state: dict[str, Any] | None = None
+    """The trainer's state in the checkpoint."""
+
+
 def start(
     recipe: Recipe, engine: Engine, *, records: str, resume: str, report: Callable[[str], None]
-) -> tuple[dict[str, Any] | None, int]:
+) -> Start:
     """Load what the run starts from into the engine.
 
     Args:
@@ -55,18 +67,14 @@ def start(
         resume: `auto`, `never`, or the path of a checkpoint or run.
         report: called on rank 0 with what is worth a line.
 
-    Returns:
-        The trainer's state in the checkpoint, or None for a run that starts at step 0; and the
-        updates that the moments have seen.
-
     Raises:
         InputError: on all ranks, if the checkpoint or the weights do not fit the recipe.
     """
     path = on_rank_0(engine, lambda: _checkpoint_path(recipe, resume, report))
     if path is None:
         if recipe.train.init_from is not None:
-            return None, _load_foreign(recipe, engine, Path(recipe.train.init_from), report)
-        return None, 0
+            return Start(_load_foreign(recipe, engine, Path(recipe.train.init_from), report))
+        return Start(0)
     checkpoint = read_checkpoint(path)
     state = checkpoint.state
     refuse_other_model(path, state["model"], model_facts(recipe.model))
@@ -79,7 +87,7 @@ def start(
     _compare_recipes(path, checkpoint.recipe, as_dict(recipe), state, report)
     engine.load(checkpoint.weights, checkpoint.moments, state["optimizer_steps"])
     report(f"resuming at step {checkpoint.step} from {path}")
-    return state, state["optimizer_steps"]
+    return Start(state["optimizer_steps"], path, state)
 
 
 def model_facts(model: ModelConfig) -> dict[str, Any]:

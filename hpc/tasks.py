@@ -6,14 +6,27 @@ Tensors carry shape suffixes: B sequences, L tokens.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
-from hpc.config import ObjectiveConfig
+from hpc.config import NextResidueConfig, ObjectiveConfig, Recipe
 from hpc.data import MicroBatch
+from hpc.lane_memory import LaneMemory
+from hpc.lanes import LaneBatch
 from models.bert import Bert
-from models.objectives import masked_lm, masked_lm_loss
+from models.objectives import (
+    masked_lm,
+    masked_lm_loss,
+    masked_lm_scores,
+    next_token_loss,
+    next_token_scores,
+)
+from models.transformer_xl import TransformerXL, TransformerXLConfig
 from preprocessing.vocabulary import Vocabulary
+
+Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of each sample: loss summed over targets, targets predicted right, targets."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +39,9 @@ class PreparedBatch:
     lengths: torch.Tensor | None
     """int64 [B]: tokens of each sequence; None if none is padded."""
     tokens: torch.Tensor
-    """int64 [B, L]: the truth."""
+    """int64 [B, L]: the truth at each position of the output."""
     targets: torch.Tensor
-    """bool [B, L]: which tokens are to be predicted."""
+    """bool [B, L]: where the truth is to be predicted."""
     counts: dict[str, int]
     """Targets of each objective."""
     real_tokens: int
@@ -51,6 +64,48 @@ class PreparedBatch:
         )
 
 
+class Task(Protocol):
+    """What trainer and evaluation ask of a task."""
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of its loss sums and target counts."""
+        ...
+
+    @property
+    def memory(self) -> LaneMemory | None:
+        """What lanes remember between segments, of a model with memory."""
+        ...
+
+    def prepare(self, batch: Any) -> PreparedBatch:
+        """Return a training batch with its targets."""
+        ...
+
+    def loss_sums(self, model: Any, batch: PreparedBatch) -> dict[str, torch.Tensor]:
+        """Return the float32 loss summed over the batch's targets, in nats, per objective."""
+        ...
+
+    def question(self, batch: MicroBatch) -> PreparedBatch:
+        """Return held-out proteins as evaluation shows them, with its targets: residues only."""
+        ...
+
+    def scores(self, model: Any, batch: PreparedBatch) -> Scores:
+        """Return each protein's scores on a batch of `question`."""
+        ...
+
+
+def build_task(recipe: Recipe, vocabulary: Vocabulary) -> Task:
+    """Return the task of a recipe.
+
+    Args:
+        recipe: names the objective and its options.
+        vocabulary: of the model.
+    """
+    if isinstance(recipe.objective, NextResidueConfig):
+        return NextResidue(recipe)
+    return MaskedLanguageModel(recipe.objective, vocabulary)
+
+
 class MaskedLanguageModel:
     """BERT's objective: predict the residues chosen as targets.
 
@@ -60,6 +115,7 @@ class MaskedLanguageModel:
     """
 
     objectives = ("mlm",)
+    memory = None
 
     def __init__(self, config: ObjectiveConfig, vocabulary: Vocabulary) -> None:
         self._probability = config.probability
@@ -101,3 +157,78 @@ class MaskedLanguageModel:
         """Return the float32 loss summed over the batch's targets, in nats, per objective."""
         loss = masked_lm_loss(model, batch.inputs, batch.lengths, batch.tokens, batch.targets)
         return {"mlm": loss}
+
+    def question(self, batch: MicroBatch) -> PreparedBatch:
+        """See `Task.question`: every target is shown as [MASK]."""
+        return self.prepare(batch, all_masked=True)
+
+    def scores(self, model: Bert, batch: PreparedBatch) -> Scores:
+        """See `Task.scores`."""
+        return masked_lm_scores(model, batch.inputs, batch.lengths, batch.tokens, batch.targets)
+
+
+class NextResidue:
+    """Transformer-XL's objective: predict every token from those before it.
+
+    Args:
+        recipe: lengths of segments and memories, and what checkpoints keep of them.
+    """
+
+    objectives = ("lm",)
+
+    def __init__(self, recipe: Recipe) -> None:
+        assert isinstance(recipe.model, TransformerXLConfig)  # the recipe has seen to it
+        self.memory = LaneMemory(
+            recipe.checkpoint.memory, recipe.model.memory_length, recipe.data.length
+        )
+        self._segment_length = recipe.data.length
+        self._evaluation_memory = recipe.evaluation.memory_length
+
+    def prepare(self, batch: LaneBatch) -> PreparedBatch:
+        """See `Task.prepare`: separators are targets, too."""
+        tokens = batch.tokens.long()
+        inputs_BL, labels_BL = tokens[:, :-1], tokens[:, 1:]
+        count = labels_BL.numel()
+        return PreparedBatch(
+            stream=batch.stream,
+            inputs=inputs_BL,
+            lengths=None,
+            tokens=labels_BL,
+            targets=torch.ones_like(labels_BL, dtype=torch.bool),
+            counts={"lm": count},
+            real_tokens=count,
+        )
+
+    def loss_sums(self, model: TransformerXL, batch: PreparedBatch) -> dict[str, torch.Tensor]:
+        """See `Task.loss_sums`: what the stream's lanes remember goes in, and is replaced."""
+        before = self.memory.of(batch.stream)
+        loss, after = next_token_loss(model, batch.inputs, batch.tokens, before)
+        self.memory.put(batch.stream, after, batch.inputs)
+        return {"lm": loss}
+
+    def question(self, batch: MicroBatch) -> PreparedBatch:
+        """See `Task.question`: whole proteins, a separator before each."""
+        tokens = batch.tokens.long()
+        inputs_BL, labels_BL = tokens[:, :-1], tokens[:, 1:]
+        positions_L = torch.arange(labels_BL.shape[1])
+        targets_BL = positions_L < batch.lengths[:, None] - 2
+        return PreparedBatch(
+            stream=batch.stream,
+            inputs=inputs_BL,
+            lengths=None,
+            tokens=labels_BL,
+            targets=targets_BL,
+            counts={"lm": int(targets_BL.sum())},
+            real_tokens=int(batch.lengths.sum()),
+        )
+
+    def scores(self, model: TransformerXL, batch: PreparedBatch) -> Scores:
+        """See `Task.scores`: segment by segment, from an empty memory."""
+        return next_token_scores(
+            model,
+            batch.inputs,
+            batch.tokens,
+            batch.targets,
+            segment_length=self._segment_length,
+            memory_length=self._evaluation_memory,
+        )

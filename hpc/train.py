@@ -1,6 +1,7 @@
 """`prothpc train`: build everything from a recipe, in one visible order, and run it."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,17 +9,18 @@ import torch
 from hpc import launch, resume
 from hpc.checkpoint import CheckpointWriter
 from hpc.config import Recipe, as_dict
-from hpc.data import Batcher, StreamLoader, check_vocabulary, open_streams
+from hpc.data import Batcher, Readable, StreamLoader, check_vocabulary, open_streams
 from hpc.engines import Engine
 from hpc.engines.build import build_engine
 from hpc.evaluation import HeldOut
+from hpc.lanes import open_lanes, whole_proteins
 from hpc.launch import World
 from hpc.monitor import Monitor
 from hpc.phases import Inputs, Phase, plan_phases
 from hpc.stopping import REQUEUE_EXIT_CODE, StopSignals
-from hpc.tasks import MaskedLanguageModel
+from hpc.tasks import Task, build_task
 from hpc.trainer import Trainer
-from models.bert import Bert
+from models.architectures import build_model, num_parameters
 from preprocessing.errors import InputError
 from preprocessing.records import RecordSet
 from preprocessing.vocabulary import Vocabulary, get_vocabulary
@@ -50,9 +52,9 @@ def train(recipe: Recipe, *, resume_from: str = "auto", signals: StopSignals | N
     check_vocabulary(records, vocabulary, recipe.model.vocab_size)
     phases = plan_phases(recipe, records=len(records), ranks=world.size)
 
-    task = MaskedLanguageModel(recipe.objective, vocabulary)
+    task = build_task(recipe, vocabulary)
     torch.manual_seed(recipe.train.seed)
-    model = Bert(recipe.model)
+    model = build_model(recipe.model)
     engine = build_engine(
         model,
         task.loss_sums,
@@ -63,23 +65,26 @@ def train(recipe: Recipe, *, resume_from: str = "auto", signals: StopSignals | N
     )
     resume.on_rank_0(engine, records.check_files)
     say = print if world.rank == 0 else _nothing
-    say(_banner(recipe, records, engine, model.num_parameters()), flush=True)
-    state, optimizer_steps = resume.start(
+    say(_banner(recipe, records, engine, num_parameters(model)), flush=True)
+    started = resume.start(
         recipe, engine, records=records.fingerprint, resume=resume_from, report=say
     )
 
     def open_inputs(phase: Phase) -> Inputs:
-        batcher = Batcher(records, vocabulary, phase.data, phase.train.seed)
-        streams = open_streams(
-            batcher, phase.data, phase.train, len(records), world.rank, world.size
-        )
+        ranks = world.rank, world.size
+        streams: Sequence[Readable]
+        if task.memory:
+            streams = open_lanes(records, vocabulary, phase.data, phase.train, *ranks)
+        else:
+            batcher = Batcher(records, vocabulary, phase.data, phase.train.seed)
+            streams = open_streams(batcher, phase.data, phase.train, len(records), *ranks)
         loader = StreamLoader(streams, task.prepare)
         return Inputs(loader, _held_out(recipe, phase, vocabulary, task))
 
     monitor = Monitor(
         Path(recipe.train.run_dir),
         steps=recipe.train.steps,
-        first_step=state["step"] if state else 0,
+        first_step=started.state["step"] if started.state else 0,
         active=world.rank == 0,
         tensorboard=recipe.log.tensorboard,
     )
@@ -89,14 +94,15 @@ def train(recipe: Recipe, *, resume_from: str = "auto", signals: StopSignals | N
         task=task,
         phases=phases,
         open_inputs=open_inputs,
-        optimizer_steps=optimizer_steps,
+        optimizer_steps=started.optimizer_steps,
         monitor=monitor,
         writer=CheckpointWriter(Path(recipe.train.run_dir), recipe.checkpoint.keep),
         facts={"model": resume.model_facts(recipe.model), "records": records.fingerprint},
     )
-    if state:
-        trainer.load_state_dict(state)
     try:
+        if started.state and started.path:
+            trainer.load_state_dict(started.state)
+            trainer.load_lanes(started.path)
         stopped = trainer.run(signals)
         monitor.say(f"{_ending(recipe, trainer.step)}; results are in {recipe.train.run_dir}")
     finally:
@@ -108,9 +114,7 @@ def train(recipe: Recipe, *, resume_from: str = "auto", signals: StopSignals | N
     return REQUEUE_EXIT_CODE if stopped else 0
 
 
-def _held_out(
-    recipe: Recipe, phase: Phase, vocabulary: Vocabulary, task: MaskedLanguageModel
-) -> HeldOut | None:
+def _held_out(recipe: Recipe, phase: Phase, vocabulary: Vocabulary, task: Task) -> HeldOut | None:
     """The same proteins in every phase, at the phase's length."""
     if not recipe.evaluation.every_steps:
         return None
@@ -118,7 +122,8 @@ def _held_out(
         records = RecordSet(Path(recipe.data.records), split="holdout")
     except InputError as error:
         raise InputError(f"{error}; or train without, evaluation.every_steps=0") from error
-    batcher = Batcher(records, vocabulary, phase.data, recipe.train.seed)
+    make = whole_proteins if task.memory else Batcher
+    batcher = make(records, vocabulary, phase.data, recipe.train.seed)
     return HeldOut(batcher, len(records), recipe.evaluation, task)
 
 

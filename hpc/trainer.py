@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from hpc.checkpoint import Checkpoint, CheckpointWriter
 from hpc.config import Recipe, as_dict
 from hpc.engines import Engine
 from hpc.flops import batch_flops, peak_flops
+from hpc.lane_memory import load_lanes, save_lanes
 from hpc.monitor import Monitor, peak_memory_gib
 from hpc.phases import Inputs, Phase
 from hpc.stopping import StopSignals
 from hpc.streams import mix, streams_of_rank
-from hpc.tasks import MaskedLanguageModel, PreparedBatch
+from hpc.tasks import PreparedBatch, Task
 from preprocessing.errors import InputError, OtherRankError
 
 _DROPOUT_DRAW = 2  # tells dropout's seeds from other hashes of the run's seed
@@ -61,7 +63,7 @@ class Trainer:
         recipe: Recipe,
         *,
         engine: Engine,
-        task: MaskedLanguageModel,
+        task: Task,
         phases: Sequence[Phase],
         open_inputs: Callable[[Phase], Inputs],
         optimizer_steps: int,
@@ -130,10 +132,12 @@ class Trainer:
         """Return all mutable state but weights and moments; the cursors are those of all ranks."""
         streams, world = self._phase.train.streams, self._engine.world
         owned = streams_of_rank(streams, world.rank, world.size)
-        cursors = [[0, 0]] * streams
-        cursors[owned.start : owned.stop] = self._inputs.loader.state_dict()["cursors"]
+        own = self._inputs.loader.state_dict()["cursors"]
+        width = len(own[0])
+        cursors = [[0] * width] * streams
+        cursors[owned.start : owned.stop] = own
         flat = self._engine.sum_over_ranks([float(n) for cursor in cursors for n in cursor])
-        gathered = [[int(flat[i]), int(flat[i + 1])] for i in range(0, len(flat), 2)]
+        gathered = [[int(n) for n in flat[i : i + width]] for i in range(0, len(flat), width)]
         return {
             "step": self.step,
             "optimizer_steps": self.optimizer_steps,
@@ -161,6 +165,29 @@ class Trainer:
         cursors = state["streams"][owned.start : owned.stop]
         self._inputs.loader.load_state_dict({"cursors": cursors})
 
+    def load_lanes(self, path: Path) -> None:
+        """Take over from a checkpoint what the lanes remember; after `load_state_dict`.
+
+        Raises:
+            InputError: on all ranks, if one of them cannot read its part.
+        """
+        memory, world = self._task.memory, self._engine.world
+        if memory is None or memory.mode == "reset":
+            return
+        error, found = None, True
+        try:
+            owned = streams_of_rank(self._phase.train.streams, world.rank, world.size)
+            found = load_lanes(memory, self._engine, path, owned)
+        except InputError as caught:
+            error = caught
+        (errors,) = self._engine.sum_over_ranks([float(error is not None)])
+        if error is not None:
+            raise error
+        if errors:
+            raise OtherRankError("another rank could not go on, and says why")
+        if not found:
+            self._monitor.say(f"{path} holds no memory of the lanes: it begins empty")
+
     def close(self) -> None:
         """End the thread that reads ahead."""
         self._inputs.loader.close()
@@ -168,6 +195,8 @@ class Trainer:
     def _begin(self, phase: Phase) -> None:
         """Go over to another phase: new streams and schedule; weights and moments stay."""
         self._inputs.loader.close()
+        if self._task.memory:
+            self._task.memory.clear()
         self._phase = phase
         self._inputs = self._open_inputs(phase)
         self._schedule = phase.schedule_after(self._schedule, self.optimizer_steps)
@@ -191,6 +220,8 @@ class Trainer:
         self._interval.loss = self._interval.loss + step_loss
         self._rate = self._schedule.rate(self.optimizer_steps)
         update = engine.step(self._rate)
+        if self._task.memory:
+            self._task.memory.advance()
         self._grad_norm = update.grad_norm
         self._applied = update.applied
         if update.applied:
@@ -293,6 +324,10 @@ class Trainer:
         if self._saved_step == self.step:
             return
         self._finite_grad_norm()
+        lanes = {}
+        if self._task.memory:
+            streams = self._phase.train.streams
+            lanes = save_lanes(self._task.memory, self._engine, streams, self._writer, self.step)
         state = self.state_dict()
         weights, moments = self._engine.weights(), self._engine.moments()
         if self._engine.world.rank == 0:
@@ -303,6 +338,7 @@ class Trainer:
                     moments=moments,
                     state=state,
                     recipe=as_dict(self._recipe),
+                    lanes=lanes,
                 )
             )
         self._saved_step = self.step

@@ -1,4 +1,4 @@
-"""What a masked language model is given, what it must answer, and its loss.
+"""What a language model is given, what it must answer, and its loss: masked or next residues.
 
 Randomness is counter-based: each draw is a hash of (seed of the sample, position, draw number),
 computed in 64-bit integers. What a sample gets therefore depends on its seed alone: not on the
@@ -14,8 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.transformer_xl import Memory
+
 Model = Callable[[Tensor, Tensor | None], Tensor]
 """(tokens_BL, lengths_B or None if nothing is padded) → logits_BLV: a `Bert`, or what wraps it."""
+
+RecurrentModel = Callable[..., tuple[Tensor, Memory]]
+"""(tokens_BL, memory or None, longest memory to return) → (logits_BLV, memory): a `TransformerXL`,
+or what wraps it."""
 
 _DRAWS_PER_POSITION = 4
 _DRAW_TARGET, _DRAW_KIND, _DRAW_RESIDUE, _DRAW_ORDER = range(_DRAWS_PER_POSITION)
@@ -147,6 +153,63 @@ def masked_lm_scores(
     logits_BLV = model(inputs_BL, lengths_B)
     loss_B = _losses(logits_BLV, tokens_BL, targets_BL).sum(1)
     correct_B = ((logits_BLV.argmax(-1) == tokens_BL) & targets_BL).sum(1)
+    return loss_B, correct_B, targets_BL.sum(1)
+
+
+def next_token_loss(
+    model: RecurrentModel, inputs_BL: Tensor, labels_BL: Tensor, memory: Memory | None
+) -> tuple[Tensor, Memory]:
+    """Return the cross entropy in nats, summed over the segment, and the next segment's memory.
+
+    Args:
+        model: gives logits of each next token, and the memory after the segment.
+        inputs_BL: integers, a segment of each lane.
+        labels_BL: integers, the token that follows each input.
+        memory: of what came before the segment; None at the start of the lanes.
+
+    Returns:
+        A float32 scalar, which the caller divides by the number of targets of the whole step, and
+        the memory.
+    """
+    logits_BLV, memory = model(inputs_BL, memory)
+    return _losses(
+        logits_BLV, labels_BL, torch.ones_like(labels_BL, dtype=torch.bool)
+    ).sum(), memory
+
+
+def next_token_scores(
+    model: RecurrentModel,
+    inputs_BL: Tensor,
+    labels_BL: Tensor,
+    targets_BL: Tensor,
+    *,
+    segment_length: int,
+    memory_length: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each sample's scores, for evaluation: segment by segment, from an empty memory.
+
+    Args:
+        model: see `next_token_loss`; called with the length of the memory that it is to return.
+        inputs_BL: integers, whole samples, padded at the end.
+        labels_BL: integers, the token that follows each input.
+        targets_BL: bool, True where the label counts.
+        segment_length: tokens computed at a time.
+        memory_length: longest memory; None: that of the model.
+
+    Returns:
+        loss_B (float32, nats, summed over the sample's targets), correct_B (int64, targets whose
+        most probable token is the true one) and targets_B (int64, number of targets).
+    """
+    memory: Memory | None = None
+    loss_B = inputs_BL.new_zeros(len(inputs_BL), dtype=torch.float32)
+    correct_B = inputs_BL.new_zeros(len(inputs_BL), dtype=torch.int64)
+    columns = (inputs_BL, labels_BL, targets_BL)
+    for inputs_BS, labels_BS, targets_BS in zip(
+        *(tensor.split(segment_length, dim=1) for tensor in columns), strict=True
+    ):
+        logits_BSV, memory = model(inputs_BS, memory, memory_length)
+        loss_B = loss_B + _losses(logits_BSV, labels_BS, targets_BS).sum(1)
+        correct_B = correct_B + ((logits_BSV.argmax(-1) == labels_BS) & targets_BS).sum(1)
     return loss_B, correct_B, targets_BL.sum(1)
 
 

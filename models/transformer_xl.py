@@ -173,7 +173,8 @@ class TransformerXL(nn.Module):
         positions_PD = self.dropout(self._sinusoids(distances_P).to(hidden_BLD))
         hidden_BLD = self.dropout(hidden_BLD)
         next_memory = []
-        for layer, memory_BMD in zip(self.layers, memory, strict=True):
+        for layer, remembered_BMD in zip(self.layers, memory, strict=True):
+            memory_BMD = remembered_BMD.to(hidden_BLD.dtype)  # of a run in another precision
             next_memory.append(_last(memory_BMD, hidden_BLD.detach(), memory_length))
             own = layer if not self.config.shared_biases else self
             hidden_BLD = layer(

@@ -17,7 +17,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, section: str = ""
 
     Args:
         cls: a keyword-only dataclass; nested dataclasses are its sections, tuples of dataclasses
-            its arrays of tables, dicts tables with keys of the user's.
+            its arrays of tables, dicts tables with keys of the user's. Where a section may be one
+            of several dataclasses, its key `name` tells which; without it, it is the first.
         values: what the recipe says.
         where: file, for messages.
         section: dotted path of `cls` in the recipe.
@@ -33,11 +34,12 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, section: str = ""
     arguments: dict[str, Any] = {}
     for key, spec in fields.items():
         name = _dotted(section, key)
-        if dataclasses.is_dataclass(hints[key]):
+        kinds = _dataclasses(hints[key])
+        if kinds:
             table = values.get(key, {})
             if not isinstance(table, Mapping):
                 raise InputError(f"{where}: {name} must be a section, [{name}]")
-            arguments[key] = build(typing.cast(Any, hints[key]), table, where, name)
+            arguments[key] = build(_named(kinds, table, where, name), table, where, name)
         elif typing.get_origin(hints[key]) is tuple:
             cls_of_table = typing.get_args(hints[key])[0]
             tables = values.get(key, [])
@@ -73,6 +75,26 @@ def _build_dict(hint: Any, table: Any, where: str, name: str) -> dict[str, Any]:
             raise InputError(f"{where}: {name}.{key} must be a section, [{name}.{key}]")
         built[key] = build(typing.cast(Any, kind), value, where, f"{name}.{key}")
     return built
+
+
+def _dataclasses(hint: Any) -> list[Any]:
+    """The dataclass, or the several ones of a union, that a hint consists of; else none."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return [*kinds] if all(dataclasses.is_dataclass(kind) for kind in kinds) else []
+
+
+def _named(kinds: list[Any], table: Mapping[str, Any], where: str, section: str) -> Any:
+    """The dataclass whose default of `name` the table gives."""
+    if len(kinds) == 1:
+        return kinds[0]
+    names = {
+        spec.default: k for k in kinds for spec in dataclasses.fields(k) if spec.name == "name"
+    }
+    name = table.get("name", next(iter(names)))
+    if name not in names:
+        choices = ", ".join(map(repr, names))
+        raise InputError(f"{where}: {section}.name = {name!r}: choose one of {choices}")
+    return names[name]
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

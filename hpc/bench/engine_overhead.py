@@ -32,9 +32,9 @@ from hpc.monitor import Monitor
 from hpc.optimizers import build_optimizer
 from hpc.phases import Inputs, plan_phases
 from hpc.stopping import StopSignals
-from hpc.tasks import MaskedLanguageModel
+from hpc.tasks import Task, build_task
 from hpc.trainer import Trainer
-from models.bert import Bert
+from models.architectures import build_model
 from preprocessing.records import RecordSet
 from preprocessing.strict import build
 from preprocessing.vocabulary import PROTTRANS_BERT
@@ -125,10 +125,10 @@ def _timed(block: Callable[[], None]) -> float:
 def _ours(recipe: Recipe) -> Callable[[], None]:
     """Return a function that trains another block of steps with `Trainer`."""
     world = launch.world_from_environment()
-    task = MaskedLanguageModel(recipe.objective, PROTTRANS_BERT)
+    task = build_task(recipe, PROTTRANS_BERT)
     torch.manual_seed(0)
     engine = build_engine(
-        Bert(recipe.model),
+        build_model(recipe.model),
         task.loss_sums,
         optimizer=recipe.optimizer,
         train=recipe.train,
@@ -175,9 +175,9 @@ def _ours(recipe: Recipe) -> Callable[[], None]:
 def _bare(name: str, stage: int, recipe: Recipe) -> Callable[[], None]:
     """Return a function that trains another block of steps as one would by hand."""
     world = launch.world_from_environment()
-    task = MaskedLanguageModel(recipe.objective, PROTTRANS_BERT)
+    task = build_task(recipe, PROTTRANS_BERT)
     torch.manual_seed(0)
-    model = Bert(recipe.model)
+    model = build_model(recipe.model)
     records = RecordSet(Path(recipe.data.records))
     batcher = Batcher(records, PROTTRANS_BERT, recipe.data, 0)
     streams = open_streams(batcher, recipe.data, recipe.train, len(records), world.rank, world.size)
@@ -240,7 +240,7 @@ def _bare(name: str, stage: int, recipe: Recipe) -> Callable[[], None]:
 class _Loss(nn.Module):
     """The loss sum as a module's forward."""
 
-    def __init__(self, model: Bert, task: MaskedLanguageModel) -> None:
+    def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
         self.model = model
         self._task = task

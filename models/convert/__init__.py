@@ -6,12 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from models.architectures import ModelConfig
 from models.bert import BertConfig
 from models.convert import bert, transformer_xl
 from models.convert.files import CONFIG_FILE, check_new, read_json, write_directory
-from models.transformer_xl import TransformerXLConfig
-
-ModelConfig = BertConfig | TransformerXLConfig
 
 Reader = Callable[[Path, Mapping[str, Any]], tuple[ModelConfig, dict[str, Tensor]]]
 _READERS: dict[str, Reader] = {"bert": bert.read, "transfo-xl": transformer_xl.read}
