@@ -209,7 +209,7 @@ class _Job:
                 parts=parts_of(runs) if runs else self._shard_parts(),
             )
             selection = open_selection(self._workspace.work, self._options, self._placement)
-            text = text_bytes(self._sources) * len(missing) // len(self._units)
+            text = text_bytes(self._sources, self._options) * len(missing) // len(self._units)
             progress = Progress(tasks, "map", text)
             # Nothing is published any more when other ranks hear of an error.
             with closing(spiller), self._workspace.writing():

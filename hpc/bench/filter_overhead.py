@@ -36,9 +36,8 @@ def main() -> None:
     tool, queries, targets, work = sys.argv[1], *map(Path, sys.argv[2:5])
     work.mkdir(parents=True, exist_ok=True)
     rounds = int(sys.argv[5]) if len(sys.argv) > 5 else 5
-    results = Results(
-        work / f"{tool}.json", {"machine": describe_machine(), "commit": describe_commit()}
-    )
+    about = {"machine": describe_machine()}
+    results = Results(work / f"{tool}.json", about, describe_commit())
     by_hand = BY_HAND[tool].format(queries=queries, targets=targets, out=work / "by-hand")
     ours: list[str | Path] = [
         sys.executable, "-m", "hpc.cli", "filter", "--queries", queries, "--targets", targets,
