@@ -353,8 +353,9 @@ def _join(world: World, device: torch.device) -> None:
     """Give DeepSpeed what it wants in any case: a process group, and the number of its device.
 
     It reads LOCAL_RANK, which srun and jsrun do not set, as a device's number: a rank that is bound
-    to one GPU has number 0 only.
+    to one GPU has number 0 only. Under Open MPI it insists on that launcher's own number.
     """
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    own = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(device.index or 0))
+    os.environ.setdefault("LOCAL_RANK", own)
     if world.size == 1 and not dist.is_initialized():
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hpc.checkpoint import find_checkpoint
 from hpc.lane_memory import LaneMemory, file_name
-from hpc.monitor import read_metrics
+from hpc.metrics import read_metrics
 from models.transformer_xl import TransformerXL, TransformerXLConfig
 from preprocessing.generate import generate
 from preprocessing.options import PreprocessOptions
