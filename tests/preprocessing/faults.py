@@ -175,7 +175,8 @@ def damage_case(laboratory: Laboratory, seed: int) -> list[str]:
         output = folder / "set"
         shutil.copytree(stopped_job(laboratory, inputs, holdout, case.choice(STOPS)), output)
         kinds = sorted({re.sub(r"\d+", "N", path.name) for path in files_of(output)} - {"lock"})
-        kind = case.choice(kinds)
+        weights = [4 if kind.endswith((".run", ".arrow")) else 1 for kind in kinds]
+        [kind] = case.choices(kinds, weights)
         path = case.choice(
             [path for path in files_of(output) if re.sub(r"\d+", "N", path.name) == kind]
         )
